@@ -1,0 +1,1 @@
+for s in open(0):print(-sum(int(c)*(11-i%2*6)//5 for i,c in enumerate(s[-2::-1]))%10)

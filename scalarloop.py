@@ -1,0 +1,6051 @@
+#!/usr/bin/env python3
+"""scalarloop: run an untrusted coding agent against one sealed number, all night, and keep only what is truly better.
+
+    python scalarloop.py loop.ini            run, or go on with what was interrupted
+    python scalarloop.py check loop.ini      the gate alone, as a table
+    python scalarloop.py verify loop.ini     re-check the record of a run (--replay: measure again)
+    python scalarloop.py status loop.ini     where a run stands
+    python scalarloop.py prompt loop.ini     the exact next prompt
+
+The pipeline, one direction only:
+
+    user's repo --base commit--> store --incumbent--> workspace --census--> candidate
+                                                    (agent edits here)   (in-scope bytes only)
+    candidate --checkout--> cleanroom --number--> decide --keep--> branch in the user's repo
+
+The agent is an untrusted oracle. The one thing read from it is a line that begins with
+SCALAR_LOOP_GIVE_UP; everything else that it says is logged and ignored. What it did is read from
+its workspace by the loop's own walk (the census), never from a git index that it could write.
+
+Trust boundaries
+  agent       may change its workspace and a private temporary folder. A change outside the scope,
+              or of anything sealed, rejects the whole iteration.
+  candidate   only the bytes of regular in-scope files reach the store, and the cleanroom is
+              written from the store, hashed after it was written, and inspected after every run.
+  metric      runs in the cleanroom with an environment from an allow-list. With `produce` the
+              candidate's code never enters the process that prints the number.
+  user        the work tree, HEAD, index, config and hooks are never written: only the result
+              branch and refs/scalarloop/<name>/ledger are, at a keep and at the stop.
+  record      ledger.jsonl is a hash chain, fsync'ed before it is acted on, anchored in every kept
+              commit and in a ref of the user's repo.
+
+Files, in .scalarloop/<name>/ beside loop.ini
+  ledger.jsonl   the record             store.git    the loop's private repository
+  iterations/    prompts, logs, diffs   lock         held while a loop runs
+Workspace and cleanrooms live in a private temporary folder and are rebuilt at will.
+
+Exit codes: 0 finished, 1 failed, 2 refused (nothing was changed), 3 paused for a check-in,
+4 the integrity of the record is broken, 130 interrupted (start again to resume).
+
+A map of this file, each section using only names above it: errors; verdicts and reasons; config;
+processes; isolation; git; paths and scope; trees on disk (manifest, census, seal); metric;
+decision; ledger; state; agent; gate; loop; verify; terminal; command line.
+
+Licence: MIT. Copyright (c) the scalarloop authors. Permission is hereby granted, free of charge, to
+any person obtaining a copy of this software, to deal in it without restriction, provided that this
+notice stays with it. It is provided "as is", without warranty of any kind.
+"""
+from __future__ import annotations
+
+import configparser
+import contextlib
+import dataclasses
+import difflib
+import enum
+import fcntl
+import fnmatch
+import functools
+import hashlib
+import hmac
+import json
+import math
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import unicodedata
+from collections import deque
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
+                    NamedTuple, Optional, Pattern, Protocol, Sequence, Set, Tuple)
+
+__version__ = "0.1.0"
+
+GIVE_UP = "SCALAR_LOOP_GIVE_UP"
+LEDGER_VERSION = 1
+LOG_CAP = 1 << 20           # bytes kept of the head, and of the tail, of every log
+CHUNK = 1 << 20
+LONGEST_LINE = 1 << 16      # bytes; nothing longer can be a METRIC line
+TERM_GRACE = 2.0            # seconds between SIGTERM and SIGKILL
+LARGEST, TINIEST = sys.float_info.max, sys.float_info.min
+CENSUS_CAP = 250_000        # entries an agent may add before its census is called off
+
+
+# ══ errors ═══════════════════════════════════════════════════════════════════════════════════════
+
+class ScalarLoopError(Exception):
+    """Stop the loop with one clear line; the exit code belongs to the class."""
+
+    exit_code = 1
+
+
+class Refused(ScalarLoopError):
+    """A precondition does not hold; nothing was changed."""
+
+    exit_code = 2
+
+
+class ConfigError(Refused):
+    """loop.ini can't be used; carries every problem that was found, a line each."""
+
+    def __init__(self, problems: Sequence[str]):
+        super().__init__("\n".join(problems))
+
+
+class RecordBroken(ScalarLoopError):
+    """Ledger, branch or anchor are not what this loop wrote."""
+
+    exit_code = 4
+
+
+class StoreDamaged(ScalarLoopError):
+    """The private store lost or changed an object; the run can't go on from it."""
+
+
+class Interrupted(ScalarLoopError):
+    """A signal asked the loop to stop; the iteration under way is dropped."""
+
+    exit_code = 130
+
+
+class CensusError(Exception):
+    """A tree can't be taken stock of; `reason` says why. Never leaves the loop section."""
+
+    def __init__(self, reason: "Reason", path: bytes = b""):
+        super().__init__(reason.value)
+        self.reason, self.path = reason, path
+
+
+# ══ verdicts and reasons ═════════════════════════════════════════════════════════════════════════
+
+class Verdict(str, enum.Enum):
+    """How an iteration ended. Only KEEP moves the incumbent."""
+
+    KEEP = "keep"
+    DISCARD = "discard"
+    VIOLATION = "violation"
+    GUARD_FAILED = "guard_failed"
+    CRASH = "crash"
+    TIMEOUT = "timeout"
+    NO_CHANGE = "no_change"
+    GIVE_UP = "give_up"
+    AGENT_FAILED = "agent_failed"
+    VOID = "void"
+
+
+class Reason(str, enum.Enum):
+    """Why, as one stable code; `VERDICT_OF` says which verdict each belongs to."""
+
+    BETTER = "metric.better"
+    UNPROVEN = "metric.better_unproven"
+    SIMPLER = "metric.equal_and_simpler"
+    NOT_BETTER = "metric.not_better"
+    REPEATED = "candidate.repeated"
+    UNCHANGED = "candidate.unchanged"
+    NOISE_NOT_BETTER = "noise.not_better"
+    NOISE_LOST = "noise.duel_lost"
+    NOISE_UNDECIDED = "noise.undecided"
+    NOISE_FAILED = "noise.failed_in_duel"
+    NOISE_UNCONFIRMED = "noise.not_confirmed"
+    IMPLAUSIBLE = "noise.implausible"
+    GAVE_UP = "agent.gave_up"
+    AGENT_EXIT = "agent.failed"
+    AGENT_TIMEOUT = "agent.timed_out"
+    SCOPE_CREATED = "scope.created"
+    SEAL_CREATED = "seal.created"
+    SEAL_MODIFIED = "seal.modified"
+    SEAL_DELETED = "seal.deleted"
+    SEAL_RETYPED = "seal.retyped"
+    SEAL_MODE = "seal.mode"
+    SEAL_TOUCHED = "seal.touched_during_run"
+    SYMLINK = "census.symlink"
+    GITLINK = "census.gitlink"
+    SPECIAL = "census.special_file"
+    HARDLINK = "census.hard_link"
+    UNREADABLE = "census.unreadable"
+    CONTROL = "census.control_character"
+    TWIN = "census.case_twin"
+    GIT_FILE = "census.git_file"
+    SETID = "census.set_id"
+    OVERSIZE = "census.oversize"
+    TOO_MANY = "census.too_many_files"
+    CENSUS_FAILED = "census.failed"
+    METRIC_EXIT = "metric.exit"
+    METRIC_MISSING = "metric.missing"
+    METRIC_MALFORMED = "metric.malformed"
+    METRIC_NOT_FINITE = "metric.not_finite"
+    METRIC_NO_OUTPUT = "metric.no_output"
+    METRIC_AMBIGUOUS = "metric.ambiguous"
+    METRIC_OUT_OF_BOUNDS = "metric.out_of_bounds"
+    METRIC_TIMEOUT = "metric.timeout"
+    GUARD_EXIT = "guard.failed"
+    GUARD_WORSE = "guard.worse"
+    GUARD_TIMEOUT = "guard.timeout"
+    STORE = "store.damaged"
+    MACHINE = "machine.failed"
+
+
+def _verdicts() -> Dict[Reason, Verdict]:
+    """Return the one verdict of each reason; a reason without a row of its own is a violation."""
+    table = {reason: Verdict.VIOLATION for reason in Reason}
+    rows = {
+        Verdict.KEEP: (Reason.BETTER, Reason.UNPROVEN, Reason.SIMPLER),
+        Verdict.DISCARD: (Reason.NOT_BETTER, Reason.REPEATED, Reason.NOISE_NOT_BETTER,
+                          Reason.NOISE_LOST, Reason.NOISE_UNDECIDED, Reason.NOISE_FAILED,
+                          Reason.NOISE_UNCONFIRMED, Reason.IMPLAUSIBLE),
+        Verdict.GUARD_FAILED: (Reason.GUARD_EXIT, Reason.GUARD_WORSE),
+        Verdict.CRASH: (Reason.METRIC_EXIT, Reason.METRIC_MISSING, Reason.METRIC_MALFORMED,
+                        Reason.METRIC_NOT_FINITE, Reason.METRIC_NO_OUTPUT),
+        Verdict.TIMEOUT: (Reason.METRIC_TIMEOUT, Reason.GUARD_TIMEOUT),
+        Verdict.NO_CHANGE: (Reason.UNCHANGED,),
+        Verdict.GIVE_UP: (Reason.GAVE_UP,),
+        Verdict.AGENT_FAILED: (Reason.AGENT_EXIT, Reason.AGENT_TIMEOUT),
+        Verdict.VOID: (Reason.STORE, Reason.MACHINE),
+    }
+    table.update({reason: verdict for verdict, reasons in rows.items() for reason in reasons})
+    return table
+
+
+VERDICT_OF = _verdicts()
+
+
+# ══ config ═══════════════════════════════════════════════════════════════════════════════════════
+# The dataclasses are the schema: a field is a key of loop.ini, its metadata says how it is parsed.
+# Every parsed value is made of JSON types, so that the whole config stands in the ledger.
+
+class Gain(NamedTuple):
+    """A smallest or largest gain: an absolute amount, or a percentage of the reference."""
+
+    amount: float
+    percent: bool
+
+    def over(self, reference: float) -> float:
+        """Return the gain in units of the metric, against `reference`."""
+        return min(self.amount / 100 * abs(reference), LARGEST) if self.percent else self.amount
+
+
+def parse_text(text: str) -> str:
+    """Accept any text that is not empty."""
+    if not text:
+        raise ValueError("some text")
+    return text
+
+
+def parse_name(text: str) -> str:
+    """Accept a name that is safe as a folder, a branch part and a ref part."""
+    if not re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.|lock$|$)){0,63}", text):
+        raise ValueError("letters, digits, '_', '-' and single dots, at most 64 characters")
+    return text
+
+
+def parse_count(text: str) -> int:
+    """Accept a whole number from 1 up."""
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
+        raise ValueError("a whole number from 1 to 999999999")
+    return int(text)
+
+
+def parse_whole(text: str) -> int:
+    """Accept a whole number from 0 up."""
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ValueError("a whole number from 0 to 999999999")
+    return int(text)
+
+
+def parse_samples(text: str) -> int:
+    """Accept the most runs of one candidate; fewer than 5 can't decide anything."""
+    if not re.fullmatch(r"[0-9]{1,6}", text) or int(text) < 5:
+        raise ValueError("a whole number from 5 up")
+    return int(text)
+
+
+def parse_workers(text: str) -> int:
+    """Accept 1; more is not yet supported."""
+    if text != "1":
+        raise ValueError("1; more than one worker is not yet supported")
+    return 1
+
+
+def parse_number(text: str) -> float:
+    """Accept a finite decimal number, as a metric may print it."""
+    number = strict_number(text.encode("utf-8", "replace"))
+    if number is None or not math.isfinite(number):
+        raise ValueError("a finite number such as 12 or 0.5")
+    return number
+
+
+def parse_price(text: str) -> float:
+    """Accept a finite number from 0 up."""
+    number = parse_number(text)
+    if number < 0:
+        raise ValueError("a number from 0 up")
+    return number
+
+
+def parse_gain(text: str) -> Gain:
+    """Accept `0.5` or `1%`, not negative."""
+    percent = text.endswith("%")
+    try:
+        amount = parse_number(text[:-1].rstrip() if percent else text)
+    except ValueError:
+        amount = -1.0
+    if amount < 0:
+        raise ValueError("a number from 0 up, or a percentage such as 1%")
+    return Gain(amount, percent)
+
+
+def parse_confidence(text: str) -> Optional[float]:
+    """Accept a number between 0 and 1, or `none` (which becomes None)."""
+    if text.lower() == "none":
+        return None
+    number = strict_number(text.encode("utf-8", "replace"))
+    if number is None or not 0 < number < 1:
+        raise ValueError("a number between 0 and 1 such as 0.8, or none")
+    return number
+
+
+def parse_bounds(text: str) -> Tuple[Optional[float], Optional[float]]:
+    """Accept `LOW HIGH`; `*` leaves a side open."""
+    parts = text.replace(",", " ").replace("..", " ").split()
+    try:
+        sides = [None if part == "*" else parse_number(part) for part in parts]
+    except ValueError:
+        sides = []
+    if len(sides) != 2 or (None not in sides and sides[0] >= sides[1]):
+        raise ValueError("LOW HIGH with LOW below HIGH, such as 0 100, or 0 * for an open side")
+    return (sides[0], sides[1])
+
+
+def parse_duration(text: str) -> float:
+    """Accept `90s`, `10m`, `8h`, `2d` or `500ms`; return seconds."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|d)", text)
+    seconds = float(match[1]) * {"ms": .001, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]] \
+        if match else 0.0
+    if not 0 < seconds <= 366 * 86400:
+        raise ValueError("a duration such as 90s, 10m or 8h")
+    return seconds
+
+
+def parse_size(text: str) -> int:
+    """Accept `500`, `64k`, `10m` or `2g`; return bytes."""
+    match = re.fullmatch(r"([0-9]{1,12})\s*([kmg]?)b?", text.lower())
+    if not match or int(match[1]) == 0:
+        raise ValueError("a size such as 500, 64k or 10m")
+    return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[match[2]]
+
+
+def parse_bool(text: str) -> bool:
+    """Accept yes or no."""
+    if text.lower() not in ("yes", "no", "true", "false", "on", "off"):
+        raise ValueError("yes or no")
+    return text.lower() in ("yes", "true", "on")
+
+
+def parse_words(text: str) -> Tuple[str, ...]:
+    """Split at white space and line ends; quotes keep blanks together."""
+    try:
+        words = tuple(shlex.split(text))
+    except ValueError as error:
+        raise ValueError(f"words with balanced quotes; {error}".lower()) from None
+    if not words or not all(words):
+        raise ValueError("at least one word")
+    return words
+
+
+def parse_command(text: str) -> Tuple[str, ...]:
+    """Split a command as a shell would; no shell runs it."""
+    words = parse_words(text)
+    for word in words:
+        if word in ("|", "||", "&&", ";", "&", ">", ">>", "<", "2>&1"):
+            raise ValueError(f"a program and its arguments; no shell runs it, so {word!r} means "
+                             "nothing: write sh -c '...' if that is wanted")
+    return words
+
+
+def parse_globs(text: str) -> Tuple[str, ...]:
+    """Accept globs relative to loop.ini's folder, one to a word."""
+    for glob in parse_words(text):
+        if glob.startswith(("/", "~")) or ".." in glob.split("/"):
+            raise ValueError("globs relative to loop.ini's folder, without '..'")
+    return parse_words(text)
+
+
+def parse_relative(text: str) -> str:
+    """Accept one relative path below loop.ini's folder."""
+    if text.startswith(("/", "~")) or any(part in ("", ".", "..") for part in text.split("/")):
+        raise ValueError("a path relative to loop.ini's folder, without '.' or '..'")
+    return text
+
+
+def parse_relatives(text: str) -> Tuple[str, ...]:
+    """Accept relative paths, one to a word."""
+    return tuple(parse_relative(word.rstrip("/")) for word in parse_words(text))
+
+
+def parse_variables(text: str) -> Tuple[str, ...]:
+    """Accept names of environment variables."""
+    words = tuple(text.replace(",", " ").split())
+    if not words or not all(re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", word) for word in words):
+        raise ValueError("names of environment variables, such as API_KEY")
+    return words
+
+
+def parse_pattern(text: str) -> str:
+    """Accept a regular expression with exactly one group."""
+    try:
+        groups = re.compile(text.encode("utf-8"), re.MULTILINE).groups
+    except re.error as error:
+        raise ValueError(f"a regular expression; {error}") from None
+    if groups != 1:
+        raise ValueError(f"a regular expression with exactly one group; it has {groups}")
+    return text
+
+
+def parse_branch(text: str) -> str:
+    """Accept a branch name that git accepts and that no team calls its own."""
+    protected = ("main", "master", "trunk", "develop", "HEAD")
+    if text in protected or text.startswith(("release/", "refs/", "-")):
+        raise ValueError("a branch of its own; main, master, trunk, develop and release/* are "
+                         "protected")
+    if re.search(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|^\.|/$|\.$|\.lock(/|$)|^/|^@$", text):
+        raise ValueError("a valid branch name")
+    return text
+
+
+def parse_choice(*choices: str) -> Callable[[str], str]:
+    """Return a parser that accepts one of `choices`."""
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError("one of " + ", ".join(choices))
+        return text
+    return parse
+
+
+NUMBER = re.compile(rb"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+
+
+def strict_number(text: bytes) -> Optional[float]:
+    """Parse an ASCII decimal number (it may overflow to inf); None for anything else.
+
+    `float` alone would take nan, 1_000, blanks and the digits of other scripts.
+    """
+    return float(text) if len(text) <= 400 and NUMBER.fullmatch(text) else None
+
+
+def key(parse: Callable[[str], Any], default: Any = None, limit: bool = False) -> Any:
+    """Declare a key of loop.ini; a `limit` may differ when a run is resumed."""
+    return field(default=default, metadata={"parse": parse, "limit": limit})
+
+
+LEVELS = ("portable", "external", "landlock", "namespaces")
+FACTS = ("files_sealed", "modes_sealed", "loop_protected", "secrets_hidden", "sockets_off", 
+         "daemons_killed", "network_off", "usable")
+
+
+def parse_requirement(text: str) -> Tuple[str, ...]:
+    """Accept one level, or facts that the witnesses must have seen."""
+    words = tuple(text.replace(",", " ").split())
+    if not words or not all(word in FACTS + LEVELS for word in words):
+        raise ValueError("a level (" + ", ".join(LEVELS) + ") or facts (" + ", ".join(FACTS) + ")")
+    return words
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """The `[loop]` section."""
+
+    name: str = key(parse_name, "")
+    goal: str = key(parse_text, "")
+    program: str = key(parse_relative, "")
+    scope: Tuple[str, ...] = key(parse_globs, ())
+    seal: Tuple[str, ...] = key(parse_words, ())
+    share: Tuple[str, ...] = key(parse_relatives, ())
+    ignore: Tuple[str, ...] = key(parse_globs, ())
+    memory: str = key(parse_relative, "")
+    branch: str = key(parse_branch, "")
+    iterations: int = key(parse_count, 25, limit=True)
+    target: Optional[float] = key(parse_number, None, limit=True)
+    patience: int = key(parse_count, 15, limit=True)
+    budget: Optional[float] = key(parse_duration, None, limit=True)
+    give_ups: int = key(parse_count, 3, limit=True)
+    failures: int = key(parse_count, 5, limit=True)
+    check_in: Optional[int] = key(parse_count, None, limit=True)
+    simplify: bool = key(parse_bool, False)
+    workers: int = key(parse_workers, 1)
+    seed: int = key(parse_whole, 0)
+    max_change: int = key(parse_size, 1 << 20)
+    max_files: int = key(parse_count, 200)
+
+
+@dataclass(frozen=True)
+class AgentOptions:
+    """The `[agent]` section."""
+
+    adapter: str = key(parse_name, "claude")
+    command: Tuple[str, ...] = key(parse_command, ())
+    timeout: float = key(parse_duration, 600.0)
+    rework: int = key(parse_whole, 2)
+    env: Tuple[str, ...] = key(parse_variables, ())
+    writable: Tuple[str, ...] = key(parse_words, ())
+    price_per_turn: float = key(parse_price, 0.0, limit=True)
+    max_cost: Optional[float] = key(parse_price, None, limit=True)
+
+
+@dataclass(frozen=True)
+class MetricOptions:
+    """The `[metric]` section; `[holdout]` takes the same keys that make sense there."""
+
+    command: Tuple[str, ...] = key(parse_command, ())
+    produce: Tuple[str, ...] = key(parse_command, ())
+    outputs: Tuple[str, ...] = key(parse_globs, ())
+    setup: Tuple[str, ...] = key(parse_command, ())
+    name: str = key(parse_text, "")
+    pattern: str = key(parse_pattern, "")
+    direction: str = key(parse_choice("minimize", "maximize"), "minimize")
+    timeout: float = key(parse_duration, 600.0)
+    bounds: Tuple[Optional[float], Optional[float]] = key(parse_bounds, (None, None))
+    min_gain: Gain = key(parse_gain, Gain(0.0, False))
+    max_gain: Optional[Gain] = key(parse_gain, None)
+    home: str = key(parse_choice("real", "private"), "real")
+    cache: Tuple[str, ...] = key(parse_relatives, ())
+    git: bool = key(parse_bool, False)
+    samples: Optional[int] = key(parse_samples, None)
+    confidence: Optional[float] = key(parse_confidence, 0.8)
+    env: Tuple[str, ...] = key(parse_variables, ())
+    network: str = key(parse_choice("allow", "deny"), "allow")
+    exclusive: bool = key(parse_bool, True)
+    runner: Tuple[str, ...] = key(parse_words, ())
+    canary: Tuple[str, ...] = key(parse_command, ())
+
+
+@dataclass(frozen=True)
+class GuardOptions:
+    """A `[guard.NAME]` section."""
+
+    command: Tuple[str, ...] = key(parse_command, ())
+    pattern: str = key(parse_pattern, "")
+    direction: str = key(parse_choice("minimize", "maximize"), "minimize")
+    tolerance: Optional[float] = key(parse_price, None)
+    timeout: float = key(parse_duration, 600.0)
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class HoldoutOptions:
+    """The `[holdout]` section; `files` are shown to nobody but the holdout's own command."""
+
+    command: Tuple[str, ...] = key(parse_command, ())
+    name: str = key(parse_text, "")
+    pattern: str = key(parse_pattern, "")
+    direction: str = key(parse_choice("minimize", "maximize"), "")
+    timeout: float = key(parse_duration, 600.0)
+    bounds: Tuple[Optional[float], Optional[float]] = key(parse_bounds, (None, None))
+    files: Tuple[str, ...] = key(parse_words, ())
+
+
+@dataclass(frozen=True)
+class IsolationOptions:
+    """The `[isolation]` section."""
+
+    level: str = key(parse_choice("auto", *LEVELS), "auto")
+    require: Tuple[str, ...] = key(parse_requirement, ())
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole loop.ini, validated; `folder` holds it and is where every glob starts."""
+
+    path: str
+    digest: str
+    loop: LoopOptions
+    agent: AgentOptions
+    adapter: Tuple[Tuple[str, str], ...]
+    metric: MetricOptions
+    guards: Tuple[GuardOptions, ...]
+    holdout: HoldoutOptions
+    isolation: IsolationOptions
+
+    @property
+    def folder(self) -> str:
+        """Return loop.ini's folder, absolute."""
+        return os.path.dirname(self.path)
+
+    @property
+    def sign(self) -> float:
+        """Return what turns a metric value into "lower is better"."""
+        return -1.0 if self.metric.direction == "maximize" else 1.0
+
+    @property
+    def state_folder(self) -> str:
+        """Return the folder that holds this run's ledger and store."""
+        return os.path.join(self.folder, ".scalarloop", self.loop.name)
+
+    @property
+    def anchor_ref(self) -> str:
+        """Return the ref that holds the ledger.
+
+        Not refs/scalarloop/<name> itself: git would take `scalarloop/<name>` for that ref, before
+        the branch of the same name.
+        """
+        return f"refs/scalarloop/{self.loop.name}/ledger"
+
+    def resolved(self) -> Dict[str, Dict[str, Any]]:
+        """Return every key with its value in force, as JSON types, for the ledger."""
+        sections = {"loop": self.loop, "agent": self.agent, "metric": self.metric,
+                    "holdout": self.holdout, "isolation": self.isolation}
+        sections.update({f"guard.{guard.name}": guard for guard in self.guards})
+        table = {name: dataclasses.asdict(value) for name, value in sections.items()}
+        table["adapter"] = dict(self.adapter)
+        return json.loads(json.dumps(table))
+
+
+SECTIONS = {"loop": LoopOptions, "agent": AgentOptions, "metric": MetricOptions,
+            "holdout": HoldoutOptions, "isolation": IsolationOptions}
+NOT_YET = {"escape": "[escape]", "hooks": "[hooks]"}
+
+
+def load_config(path: str) -> Config:
+    """Read and validate loop.ini; raise ConfigError with every problem at once."""
+    path = os.path.abspath(path)
+    shown = os.path.basename(path)
+    try:
+        with open(path, "rb") as stream:
+            raw = stream.read(CHUNK + 1)
+    except OSError as error:
+        raise ConfigError([f"{shown}: can't be read: {error.strerror or error} ({path})"]) from None
+    if len(raw) > CHUNK:
+        raise ConfigError([f"{shown}: is larger than 1 MB (expected a loop.ini)"])
+    parser = configparser.ConfigParser(interpolation=None, default_section="\0", delimiters=("=",),
+                                       comment_prefixes=("#", ";"))
+    parser.optionxform = str  # type: ignore[assignment]
+    try:
+        parser.read_string(raw.decode("utf-8-sig"), shown)
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{shown}: is not UTF-8 text (byte {error.start})"]) from None
+    except configparser.Error as error:
+        raise ConfigError([f"{shown}: " + " ".join(str(error).split())]) from None
+    return build_config(path, hashlib.sha256(raw).hexdigest(),
+                        {name: dict(parser.items(name)) for name in parser.sections()})
+
+
+def build_config(path: str, digest: str, sections: Dict[str, Dict[str, str]]) -> Config:
+    """Turn the sections of a file into a Config; raise ConfigError with every problem at once."""
+    problems: List[str] = []
+    shown = os.path.basename(path)
+    values: Dict[str, Any] = {name: schema() for name, schema in SECTIONS.items()}
+    guards: List[GuardOptions] = []
+    adapter: Dict[str, str] = {}
+    for section, keys in sections.items():
+        at = f"{shown}: [{section}]"
+        if section in SECTIONS:
+            values[section] = parse_section(SECTIONS[section], keys, at, problems)
+        elif section.startswith("guard.") and re.fullmatch(r"[A-Za-z0-9_-]{1,40}", section[6:]):
+            guard = parse_section(GuardOptions, keys, at, problems)
+            guards.append(dataclasses.replace(guard, name=section[6:]))
+        elif section == "adapter":
+            adapter = parse_adapter(keys, at, problems)
+        elif section in NOT_YET:
+            problems.append(f"{at}: is not yet supported (leave it out)")
+        else:
+            problems.append(f"{at}: unknown section" + close_match(
+                section, [*SECTIONS, "adapter", "guard.NAME"]))
+    stem = os.path.splitext(shown)[0]
+    loop = values["loop"]
+    if not loop.name:
+        try:
+            loop = dataclasses.replace(loop, name=parse_name(stem))
+        except ValueError as error:
+            problems.append(f"{shown}: [loop] name: {stem!r}, the file's stem, is not usable "
+                            f"(expected {error})")
+    if not loop.branch:
+        loop = dataclasses.replace(loop, branch=f"scalarloop/{loop.name}")
+    holdout = values["holdout"]
+    if not holdout.direction:
+        holdout = dataclasses.replace(holdout, direction=values["metric"].direction)
+    config = Config(path, digest, loop, values["agent"], tuple(sorted(adapter.items())),
+                    values["metric"], tuple(guards), holdout, values["isolation"])
+    problems += cross_check(config, sections, shown)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def parse_section(schema: Any, keys: Dict[str, str], at: str, problems: List[str]) -> Any:
+    """Parse one section by its dataclass; append a line to `problems` for each bad key."""
+    fields = {f.name: f for f in dataclasses.fields(schema) if f.metadata}
+    found: Dict[str, Any] = {}
+    for name, text in keys.items():
+        if name not in fields:
+            problems.append(f"{at} {name}: unknown key" + close_match(name, list(fields)))
+            continue
+        try:
+            if "\0" in text:
+                raise ValueError("text without NUL characters")
+            found[name] = fields[name].metadata["parse"](text.strip())
+        except ValueError as error:
+            shown = text if len(text) <= 60 else text[:57] + "..."
+            problems.append(f"{at} {name}: {shown!r} can't be used (expected {error})")
+    return schema(**found)
+
+
+def parse_adapter(keys: Dict[str, str], at: str, problems: List[str]) -> Dict[str, str]:
+    """Return the adapter's free keys as the environment variables that carry them."""
+    options: Dict[str, str] = {}
+    for name, text in keys.items():
+        variable = "SCALARLOOP_OPT_" + name.upper().replace("-", "_")
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable) or "\0" in text:
+            problems.append(f"{at} {name}: can't be an option (expected letters, digits and '_')")
+        elif variable in options:
+            problems.append(f"{at} {name}: given twice in other letters (expected once)")
+        options[variable] = text
+    return options
+
+
+def close_match(word: str, known: Sequence[str]) -> str:
+    """Return a hint for a mistyped word: the nearest known one, or all of them."""
+    near = difflib.get_close_matches(word.lower(), known, 1)
+    return f" (did you mean {near[0]}?)" if near else " (expected one of: " + ", ".join(known) + ")"
+
+
+def cross_check(config: Config, given: Dict[str, Dict[str, str]], shown: str) -> List[str]:
+    """Return what is wrong between keys: missing, contradicting, or useless ones."""
+    loop, metric = config.loop, config.metric
+    named = {section: set(keys) for section, keys in given.items()}
+    agent_keys = named.get("agent", set())
+    rules = [
+        ("scope" in named.get("loop", ()), "[loop] scope: is missing (expected globs of the files "
+                                           "that the agent may change)"),
+        ("command" in named.get("metric", ()), "[metric] command: is missing (expected the "
+                                               "command that prints METRIC name=number)"),
+        (not (loop.goal and loop.program), "[loop] program: stands beside goal (expected one)"),
+        (loop.goal or loop.program or not {"goal", "program"}.isdisjoint(named.get("loop", ())),
+         "[loop] goal: is missing (expected what the agent is to do)"),
+        (not {"command", "adapter"} <= agent_keys,
+         "[agent] adapter: stands beside command (expected one of them)"),
+        (bool(metric.produce) == bool(metric.outputs),
+         "[metric] outputs: goes with produce (expected both or neither)"),
+        (not (metric.pattern and metric.name),
+         "[metric] name: stands beside pattern (expected one of them)"),
+        ("holdout" not in given or "command" in named["holdout"],
+         "[holdout] command: is missing (expected a command that prints METRIC name=number)"),
+        (config.agent.max_cost is None or config.agent.price_per_turn > 0,
+         "[agent] max_cost: needs price_per_turn (expected both)"),
+        (config.isolation.level != "external" or bool(metric.runner),
+         "[isolation] level: external needs [metric] runner (expected the prefix that isolates)"),
+        (not loop.simplify or metric.confidence is not None,
+         "[loop] simplify: needs an exact metric (expected no confidence = none)"),
+    ]
+    problems = [f"{shown}: {text}" for holds, text in rules if not holds]
+    for guard in config.guards:
+        at = f"{shown}: [guard.{guard.name}]"
+        if "command" not in named[f"guard.{guard.name}"]:
+            problems.append(f"{at} command: is missing (expected a command that exits 0)")
+        if bool(guard.pattern) != (guard.tolerance is not None and guard.tolerance > 0):
+            problems.append(f"{at} tolerance: goes with pattern (expected both, tolerance above 0)")
+    return problems
+
+
+def changed_keys(old: Dict[str, Dict[str, Any]], new: Dict[str, Dict[str, Any]]
+                 ) -> Tuple[List[str], List[str]]:
+    """Return the keys that differ, as (limits, others); limits may change between sessions."""
+    limits, others = [], []
+    for section in sorted(set(old) | set(new)):
+        schema = SECTIONS.get(section)
+        free = {f.name for f in dataclasses.fields(schema) if f.metadata.get("limit")} \
+            if schema else set()
+        before, after = old.get(section, {}), new.get(section, {})
+        for name in sorted(set(before) | set(after)):
+            if before.get(name) != after.get(name):
+                (limits if name in free else others).append(f"[{section}] {name}")
+    return limits, others
+
+
+# ══ text and files ═══════════════════════════════════════════════════════════════════════════════
+
+def sync_path(path: str) -> None:
+    """Flush a file or folder to disk; one that does not exist is nothing to flush."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Write a file whole or not at all: temporary file, fsync, rename, fsync of the folder."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.lexists(temporary):
+            os.unlink(temporary)
+        raise
+    sync_path(os.path.dirname(path))
+
+
+def printable(text: str, most: int = 200) -> str:
+    """Return text that is safe on a terminal and in a log line: no control characters, bounded."""
+    shown = "".join(c if c.isprintable() else "\\x%02x" % ord(c) if ord(c) < 256
+                    else "\\u%04x" % ord(c) for c in text[:most])
+    return shown + ("..." if len(text) > most else "")
+
+
+def shown_path(path: bytes) -> str:
+    """Return a path for people and for the ledger: UTF-8, anything odd escaped."""
+    return printable(path.decode("utf-8", "backslashreplace"), 500)
+
+
+# ══ processes ════════════════════════════════════════════════════════════════════════════════════
+# The one place that starts a program. It waits for the program's own end, never for the end of a
+# pipe, since a grandchild may hold that open; and it ends the whole group on every exit.
+
+class Watch:
+    """What to look at while a program runs: a request to stop, and the live line to refresh."""
+
+    def __init__(self, on_tick: Callable[[], None] = lambda: None):
+        self.stop_signal = 0
+        self.on_tick = on_tick
+
+    def listen(self) -> None:
+        """Turn SIGINT, SIGTERM and SIGHUP into a request to stop; a nohup stays one."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._request)
+
+    def _request(self, number: int, _frame: Any) -> None:
+        self.stop_signal = number
+
+    def check(self) -> None:
+        """Raise Interrupted when a stop was asked for."""
+        if self.stop_signal:
+            raise Interrupted(f"interrupted by {signal.Signals(self.stop_signal).name}; "
+                              "start again to go on from the last iteration")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a program ended: `status` is its exit code, or minus the signal that ended it."""
+
+    status: int
+    seconds: float
+    timed_out: bool
+
+    def describe(self) -> str:
+        """Return the end in a few words."""
+        if self.timed_out:
+            return f"timed out after {self.seconds:.1f} s"
+        if self.status < 0:
+            try:
+                return f"ended by {signal.Signals(-self.status).name}"
+            except ValueError:
+                return f"ended by signal {-self.status}"
+        return f"exit {self.status}"
+
+
+class Capture:
+    """Take a stream of any length: keep its head and tail, its digest, and its matching lines.
+
+    `pattern` is a bytes expression compiled with re.MULTILINE; it sees every line of the stream,
+    not of the capped log, so that no filler can push a line out of sight. At most 100 matches are
+    kept (more than one is already too many), a line counts up to LONGEST_LINE bytes.
+    """
+
+    def __init__(self, pattern: Optional[Pattern[bytes]] = None, cap: int = LOG_CAP):
+        self.pattern, self.cap = pattern, cap
+        self.matches: List[Tuple[bytes, ...]] = []
+        self.size = 0
+        self._digest = hashlib.sha256()
+        self._head = bytearray()
+        self._tail: Deque[bytes] = deque()
+        self._tail_size = 0
+        self._line = b""
+        self._skipping = False
+
+    def __call__(self, chunk: bytes) -> None:
+        self.size += len(chunk)
+        self._digest.update(chunk)
+        if self.pattern:
+            self._find(chunk)
+        room = self.cap - len(self._head)
+        if room > 0:
+            self._head += chunk[:room]
+            chunk = chunk[room:]
+        if chunk:
+            self._tail.append(chunk)
+            self._tail_size += len(chunk)
+            while self._tail_size - len(self._tail[0]) >= self.cap:
+                self._tail_size -= len(self._tail.popleft())
+
+    def _find(self, chunk: bytes) -> None:
+        if self._skipping:
+            _, newline, chunk = chunk.partition(b"\n")
+            if not newline:
+                return
+            self._skipping = False
+        data = self._line + chunk
+        cut = data.rfind(b"\n") + 1
+        self._match(data[:cut])
+        self._line = data[cut:]
+        if len(self._line) > LONGEST_LINE:
+            self._match(self._line[:LONGEST_LINE] + b"\n")
+            self._line, self._skipping = b"", True
+
+    def _match(self, lines: bytes) -> None:
+        for match in self.pattern.finditer(lines) if self.pattern else ():
+            if len(self.matches) >= 100:
+                return
+            self.matches.append((match[0], *match.groups(b"")))
+
+    def finish(self) -> None:
+        """Look at a last line that has no newline."""
+        if self._line:
+            self._match(self._line)
+            self._line = b""
+
+    @property
+    def digest(self) -> str:
+        """Return the SHA-256 of the whole stream."""
+        return self._digest.hexdigest()
+
+    def log(self) -> bytes:
+        """Return head and tail, with a line between them that says how much is missing."""
+        tail = b"".join(self._tail)[-self.cap:]
+        missing = self.size - len(self._head) - len(tail)
+        gap = b"\n[... %d bytes not kept ...]\n" % missing if missing else b""
+        return bytes(self._head) + gap + tail
+
+
+def run_program(argv: Sequence[str], *, cwd: str, env: Dict[str, str],
+                sink: Callable[[bytes], None], errors: Optional[Callable[[bytes], None]] = None,
+                stdin: Any = b"", timeout: Optional[float] = None, watch: Optional[Watch] = None,
+                sweep: bool = False, keep: Tuple[int, ...] = ()) -> Ended:
+    """Run one program to its end and return how it ended; raise OSError if it can't be started.
+
+    Output goes to `sink` chunk by chunk, standard error to `errors` or along with it. At the
+    deadline, or when `watch` asks to stop, the group gets SIGTERM, TERM_GRACE seconds, SIGKILL.
+    Whatever happens its process group is killed, and with `sweep` every descendant too. The
+    descriptors in `keep` stay open in it.
+    """
+    started = time.monotonic()
+    source = stdin if hasattr(stdin, "fileno") else _spooled(stdin)
+    try:
+        process = subprocess.Popen(
+            list(argv), cwd=cwd, env=env, stdin=source, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if errors is None else subprocess.PIPE,
+            start_new_session=True, close_fds=True, pass_fds=keep)
+    finally:
+        if source is not stdin and hasattr(source, "close"):
+            source.close()
+    sinks = {process.stdout.fileno(): sink}  # type: ignore[union-attr]
+    if process.stderr and errors:
+        sinks[process.stderr.fileno()] = errors
+    try:
+        timed_out = _pump(process, dict(sinks), started + (timeout or math.inf), watch)
+    finally:
+        _signal_group(process, signal.SIGKILL)
+        status = process.wait()
+        if sweep:
+            sweep_descendants(set())
+        _drain(sinks)
+        for pipe in (process.stdout, process.stderr):
+            if pipe:
+                pipe.close()
+    return Ended(status, time.monotonic() - started, timed_out)
+
+
+def _spooled(data: bytes) -> Any:
+    """Return a file that holds `data`: unlike a pipe it can't block when nobody reads it."""
+    if not data:
+        return subprocess.DEVNULL
+    source = tempfile.TemporaryFile()
+    source.write(data)
+    source.seek(0)
+    return source
+
+
+def _pump(process: Any, sinks: Dict[int, Callable[[bytes], None]], deadline: float,
+          watch: Optional[Watch]) -> bool:
+    """Pass output on until the program has ended; return whether its time ran out."""
+    ending, timed_out, pause = math.inf, False, .0005
+    end = _end_descriptor(process.pid)
+    try:
+        while True:
+            ready = select.select([*sinks, *end], [], [], min(pause, .1))[0]
+            pause = .0005 if ready else pause * 2
+            for descriptor in ready:
+                if descriptor in sinks:
+                    data = os.read(descriptor, 1 << 16)
+                    sinks[descriptor](data)
+                    if not data:
+                        del sinks[descriptor]
+            if _has_ended(process):
+                return timed_out
+            now = time.monotonic()
+            if watch:
+                watch.on_tick()
+            if ending == math.inf and (now >= deadline or (watch and watch.stop_signal)):
+                timed_out = now >= deadline
+                ending = now + TERM_GRACE
+                _signal_group(process, signal.SIGTERM)
+            if now >= ending:
+                return timed_out
+    finally:
+        for descriptor in end:
+            os.close(descriptor)
+
+
+def _end_descriptor(pid: int) -> List[int]:
+    """Return a descriptor that becomes readable when `pid` ends, where the system has such."""
+    try:
+        return [os.pidfd_open(pid)]  # type: ignore[attr-defined]
+    except (AttributeError, OSError):
+        return []
+
+
+def _has_ended(process: Any) -> bool:
+    """Tell whether the program ended, without reaping it where that can be had.
+
+    An unreaped leader keeps its number from being given to somebody else's group before ours is
+    killed.
+    """
+    if not hasattr(os, "waitid"):
+        return process.poll() is not None
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _signal_group(process: Any, number: int) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except (ProcessLookupError, PermissionError):
+        pass  # nobody of the group is left; macOS says EPERM when only a zombie is
+
+
+def _drain(sinks: Dict[int, Callable[[bytes], None]]) -> None:
+    """Read what the dead left in their pipes, and no more: a survivor may hold one open."""
+    for descriptor, sink in sinks.items():
+        os.set_blocking(descriptor, False)
+        for _ in range(64):
+            try:
+                data = os.read(descriptor, 1 << 16)
+            except (BlockingIOError, OSError):
+                break
+            if not data:
+                break
+            sink(data)
+
+
+def search_path() -> str:
+    """Return PATH without its empty and relative entries."""
+    entries = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    return os.pathsep.join(entry for entry in entries if os.path.isabs(entry))
+
+
+def inherited(names: Iterable[str]) -> Dict[str, str]:
+    """Return those of our environment variables that match `names` (fnmatch), and a clean PATH."""
+    kept = {name: value for name, value in os.environ.items()
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in names)}
+    return {**kept, "PATH": search_path()}
+
+
+def remove_tree(path: str) -> None:
+    """Delete a folder whatever an agent left in it: locked folders, names too deep for one path."""
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        return
+    except (OSError, RecursionError):
+        quiet = {"cwd": "/", "env": {"PATH": search_path()}, "sink": lambda data: None}
+        for argv in (["chmod", "-R", "u+rwX", "--", path], ["rm", "-rf", "--", path]):
+            program = shutil.which(argv[0], path=search_path()) or argv[0]
+            run_program([program, *argv[1:]], **quiet)  # type: ignore[arg-type]
+
+
+# ══ isolation ════════════════════════════════════════════════════════════════════════════════════
+# Correctness never rests on this section (store, census and cleanroom hold without it): it turns
+# "detected" into "prevented" and keeps the loop's own process out of reach.
+
+FENCE_FAILED = 125    # a layer could not be had: the command was NOT run; one line says which
+FENCE_NO_EXEC = 126   # every layer is in force, but the command could not be executed
+FENCE_LINE = "scalarloop fence: "   # how that one line begins, on the report descriptor
+
+# Runner as `python -I -S -E -c LAUNCHER key=value... -- argv...`: it fences ITSELF and then becomes
+# the command. No json, signal or socket module: each costs more at every spawn than the fence.
+LAUNCHER = r'''
+import ctypes, errno, os, stat, struct, sys
+import _signal as signal
+
+libc = ctypes.CDLL(None, use_errno=True)
+RDONLY, NOSUID, NODEV, NOEXEC, BIND, REC, PRIVATE = 1, 2, 4, 8, 4096, 16384, 1 << 18
+NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
+WRITE_FILE, READ_FILE, TRUNCATE, IOCTL_DEV = 2, 4, 1 << 14, 1 << 15
+ON_FILES = WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
+CHANGES = 0xfff2                      # every right but execute, read a file, list a folder
+MAKE_DEVICES = 1 << 6 | 1 << 11       # never granted
+RIGHTS_BY_ABI = {1: 0x1fff, 2: 0x3fff, 3: 0x7fff, 4: 0x7fff}
+DEVICES = (b"null", b"zero", b"full", b"random", b"urandom", b"tty")
+GPUS = (b"nvidia", b"dri", b"kfd", b"dxg", b"accel")
+NAMES = ("arch seccomp prlimit64 setpriority ioprio_set sched_setparam sched_setscheduler "
+         "sched_setaffinity sched_setattr add_key request_key keyctl socket io_uring_setup").split()
+NUMBERS = {
+    "x86_64": (0xC000003E, 317, 302, 141, 251, 142, 144, 203, 314, 248, 249, 250, 41, 425),
+    "aarch64": (0xC00000B7, 277, 261, 140, 30, 118, 119, 122, 274, 217, 218, 219, 198, 425)}
+ALLOW, EPERM, ENOSYS = 0x7fff0000, 0x50001, 0x50026
+policy = {"write": [], "hide": [], "bind": [], "onto": [], "without": []}
+step = "policy"                       # what a failure is blamed on
+
+
+def call(name, *args):
+    """Call a function of libc; its -1 becomes an OSError."""
+    args = [ctypes.c_ulong(arg) if isinstance(arg, int) else arg for arg in args]
+    got = getattr(libc, name)(*args)
+    if got == -1:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return got
+
+
+def on(layer):
+    """Begin a layer; False only where a test's hook leaves it out."""
+    global step
+    step = layer
+    return os.fsencode(layer) not in policy["without"]
+
+
+def mode_of(path):
+    """Return a path's mode without following it, 0 where it can't be had."""
+    try:
+        return os.lstat(path).st_mode
+    except OSError:
+        return 0
+
+
+def entries_in(folder):
+    """List a folder, as nothing where it can't be read."""
+    try:
+        return list(os.scandir(folder))
+    except OSError:
+        return []
+
+
+def paths_in(folder):
+    return [entry.path for entry in entries_in(folder)]
+
+
+def inside(path, folders):
+    return any(path == folder or path.startswith(folder.rstrip(b"/") + b"/") for folder in folders)
+
+
+def raw_disks():
+    """List the block devices that this user may open: they hold every hidden file's bytes."""
+    return [path for folder in (b"/dev", b"/dev/mapper") for path in paths_in(folder)
+            if stat.S_ISBLK(mode_of(path)) and os.access(path, os.R_OK)]
+
+
+def unix_sockets():
+    """List the socket files that this network namespace knows or that lie in /run and /tmp."""
+    with open("/proc/net/unix", "rb") as table:
+        rows = [line.rstrip(b"\n").split(None, 7) for line in table]
+    found = {row[7] for row in rows if len(row) == 8 and row[7].startswith(b"/")}
+    folders = [(b"/run", 4), (b"/tmp", 2)]
+    for folder, depth in folders:
+        for entry in entries_in(folder):
+            if entry.is_dir(follow_symlinks=False):
+                if depth > 1 and entry.path != b"/run/user":      # covered as a whole
+                    folders.append((entry.path, depth - 1))
+            elif not entry.is_file(follow_symlinks=False):
+                found.add(entry.path)
+    return sorted(path for path in found if stat.S_ISSOCK(mode_of(path))
+                  and not inside(path, policy["write"]))
+
+
+def die_with_parent():
+    call("prctl", 1, 9, 0, 0, 0)                      # PR_SET_PDEATHSIG, SIGKILL
+
+
+def drop_capabilities():
+    """Drop every capability; NO_NEW_PRIVS keeps an exec by root from getting them back."""
+    call("prctl", 47, 4, 0, 0, 0)                     # PR_CAP_AMBIENT, CLEAR_ALL
+    call("capset", struct.pack("=Ii", 0x20080522, 0), bytes(24))
+
+
+def enter_namespaces():
+    """Return in process 2 of new namespaces; processes 0 (outside) and 1 wait, and never return."""
+    sockets = unix_sockets() if on("sockets") else []
+    disks = raw_disks() if on("disks") else []
+    flags = NEWNS | NEWIPC | (NEWPID if on("pid") else 0)
+    flags |= NEWNET if policy["network"] == [b"deny"] and on("net") else 0
+    unshare(flags)
+    kept = signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))   # the wait outlives a TERM
+    on("init")
+    reader, writer = os.pipe()
+    first = os.fork()
+    if first:
+        os.close(writer)
+        retire()
+        mirror(first, reader)
+    os.close(reader)
+    die_with_parent()
+    os.write(writer, b"+")            # fails if the parent died before it could take us along
+    if flags & NEWNET and on("loopback"):
+        raise_loopback()
+    build_mounts(sockets + disks)
+    second = os.fork()
+    if second:
+        retire()
+        reap(second, writer)
+    signal.pthread_sigmask(signal.SIG_SETMASK, kept)
+
+
+def unshare(flags):
+    """Enter new namespaces; only root can do without a user namespace, and not every root."""
+    on("unshare")
+    uid, gid = os.geteuid(), os.getegid()
+    if uid == 0 and libc.unshare(flags) == 0:
+        return
+    call("unshare", flags | NEWUSER)
+    die_with_parent()
+    for name, text in (("setgroups", "deny"), ("uid_map", "%d %d 1" % (uid, uid)),
+                       ("gid_map", "%d %d 1" % (gid, gid))):
+        with open("/proc/self/" + name, "w") as file:
+            file.write(text)
+
+
+def retire():
+    """Make a waiting process as powerless and as unreadable as may be."""
+    drop_capabilities()
+    call("prctl", 4, 0, 0, 0, 0)                      # PR_SET_DUMPABLE
+
+
+def reap(target, writer):
+    """Be process 1: bury orphans, report the target's status, and take everything along."""
+    while True:
+        pid, status = os.wait()
+        if pid == target:
+            os.write(writer, status.to_bytes(4, "little"))
+            os._exit(0)
+
+
+def mirror(first, reader):
+    """End as the target ended; never as a success that process 1 didn't report."""
+    told = b""
+    for piece in iter(lambda: os.read(reader, 16), b""):
+        told += piece
+    status = os.waitpid(first, 0)[1]
+    status = int.from_bytes(told[1:], "little") if len(told) == 5 else status or 125 << 8
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+        os.kill(os.getpid(), number)
+        os._exit(128 + number)
+    os._exit(os.WEXITSTATUS(status))
+
+
+def raise_loopback():
+    """Bring up lo, so that a server on localhost works in a network of its own."""
+    sock = call("socket", 2, 2, 0)
+    call("ioctl", sock, 0x8914, struct.pack("=16sh22x", b"lo", 1))      # SIOCSIFFLAGS, IFF_UP
+    os.close(sock)
+
+
+def mount(source, target, kind=None, flags=0, data=None):
+    global step
+    step = "mount " + os.fsdecode(target)
+    call("mount", source, target, kind, flags, data)
+
+
+def set_flags(path, add, remove=0, recursive=0):
+    global step
+    step = "mount_setattr " + os.fsdecode(path)
+    call("syscall", 442, -100, path, recursive, struct.pack("=4Q", add, remove, 0, 0), 32)
+
+
+def build_mounts(reachable):
+    """Read-only everywhere but in the writable paths; what is hidden or reachable is covered."""
+    cwd = os.getcwdb()
+    mount(None, b"/", None, REC | PRIVATE)
+    on("paths")
+    writable = [(os.open(path, os.O_PATH), path) for path in policy["write"]]
+    shared = [(os.open(path, os.O_PATH), onto) for path, onto
+              in zip(policy["bind"], policy["onto"])]
+    if on("readonly"):
+        set_flags(b"/", RDONLY, recursive=0x8000)     # AT_RECURSIVE
+    if on("proc"):
+        mount(b"proc", b"/proc", b"proc", NOSUID | NODEV | NOEXEC | RDONLY)
+    blanks = make_blanks()
+    make_private()
+    for fd, path in writable:
+        place(fd, path)
+        set_flags(path, 0, RDONLY)
+    for fd, path in shared:
+        place(fd, path)
+        set_flags(path, RDONLY, recursive=0x8000)
+    for path in policy["hide"] if on("hide") else ():
+        cover(path, blanks)
+    for path in reachable:
+        try:
+            cover(path, blanks)
+        except FileNotFoundError:                     # gone, or below something covered
+            pass
+    os.chdir(cwd)                                     # the old one is below the new mounts
+
+
+def make_blanks():
+    """Make one folder and one file that nobody can open, to cover others with."""
+    mount(b"tmpfs", b"/dev/shm", b"tmpfs", NOSUID | NODEV | NOEXEC, b"mode=0700")
+    os.mkdir("/dev/shm/folder", 0)
+    os.close(os.open("/dev/shm/file", os.O_CREAT | os.O_WRONLY, 0))
+    blanks = [os.open("/dev/shm/" + name, os.O_PATH) for name in ("folder", "file")]
+    set_flags(b"/dev/shm", RDONLY)
+    return blanks
+
+
+def cover(path, blanks):
+    blank = blanks[0 if stat.S_ISDIR(mode_of(path)) else 1]
+    mount(b"/proc/self/fd/%d" % blank, path, None, BIND)
+
+
+def make_private():
+    """Give the command shared memory, terminals and run-time folders of its own."""
+    if on("shm"):
+        mount(b"tmpfs", b"/dev/shm", b"tmpfs", NOSUID | NODEV, b"mode=1777")
+        mount(b"devpts", b"/dev/pts", b"devpts", NOSUID | NOEXEC,
+              b"newinstance,ptmxmode=0666,mode=0600")
+        for path in paths_in(b"/run/user"):
+            if os.access(path, os.X_OK):
+                mount(b"tmpfs", path, b"tmpfs", NOSUID | NODEV, b"mode=0700")
+
+
+def place(fd, path):
+    """Bind an open path at its place, which a private folder may have taken away."""
+    if not os.path.lexists(path):
+        os.makedirs(path if stat.S_ISDIR(os.fstat(fd).st_mode) else os.path.dirname(path), 0o700)
+        if not os.path.isdir(path):
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+    mount(b"/proc/self/fd/%d" % fd, path, None, BIND | REC)
+
+
+def landlock(namespaces):
+    """Fence the writes, and where no mount hides them the hidden reads, of this process."""
+    abi = libc.syscall(444, None, 0, 1)
+    if abi < 1 and namespaces:
+        return                                        # the mounts alone fence there
+    handled = CHANGES & RIGHTS_BY_ABI.get(abi, 0xffff)
+    hidden = (policy["hide"] + raw_disks()) if not namespaces and on("hide") else []
+    handled |= READ_FILE if hidden else 0
+    scopes = 3 if abi >= 6 and on("scope") else 0     # signals, abstract sockets
+    on("landlock")
+    ruleset = call("syscall", 444, struct.pack("=3Q", handled, 0, scopes), 24 if abi > 5 else 8, 0)
+
+    def allow(path, rights):
+        fd = os.open(path, os.O_PATH)
+        rights &= handled if stat.S_ISDIR(os.fstat(fd).st_mode) else handled & ON_FILES
+        if rights:
+            call("syscall", 445, ruleset, 1, struct.pack("=Qi", rights, fd), 0)
+        os.close(fd)
+
+    ours = [b"/dev/shm"] + ([b"/dev/pts", b"/dev/ptmx"] if namespaces else [])
+    for path in policy["write"] + [path for path in ours if mode_of(path)]:
+        allow(path, handled & ~MAKE_DEVICES)
+    for path in paths_in(b"/dev"):
+        name = os.path.basename(path)
+        if name in DEVICES or name.startswith(GPUS):
+            allow(path, ON_FILES)
+    for fd in (1, 2):                                 # `echo >/dev/stderr` opens the log anew
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            allow(b"/proc/self/fd/%d" % fd, WRITE_FILE | TRUNCATE)
+    for path in readable(hidden):
+        try:
+            allow(path, READ_FILE)
+        except FileNotFoundError:                     # gone since it was listed
+            pass
+    call("syscall", 446, ruleset, 0)
+
+
+def readable(hidden):
+    """List what together is everything but `hidden`: the siblings of each path's ancestors."""
+    above = set()
+    for path in hidden:
+        while path != b"/":
+            path = os.path.dirname(path)
+            above.add(path)
+    return [path for folder in above for path in paths_in(folder)
+            if path not in above and path not in hidden and not stat.S_ISLNK(mode_of(path))]
+
+
+def seccomp(namespaces):
+    """Refuse what neither Landlock nor file modes refuse; `EPERM` is the answer."""
+    if os.uname().machine not in NUMBERS:
+        raise OSError(errno.ENOSYS, "no table of system calls for " + os.uname().machine)
+    number = dict(zip(NAMES, NUMBERS[os.uname().machine]))
+    rules = {name: deny() for name in ("add_key", "request_key", "keyctl")}   # outlive a turn
+    if not namespaces:
+        rules.update(spare_the_loop())
+        if policy["network"] == [b"deny"]:
+            rules["socket"] = only(0, [1, 16])        # AF_UNIX, AF_NETLINK
+            rules["io_uring_setup"] = deny()          # opens sockets unseen
+    program = [(0x20, 0, 0, 4), (0x15, 1, 0, number["arch"]), (6, 0, 0, ENOSYS),
+               (0x20, 0, 0, 0), (0x35, 0, 1, 0x40000000), (6, 0, 0, ENOSYS)]     # no x32
+    for name, body in rules.items():
+        program += [(0x15, 0, len(body) + 1, number[name])] + body + [(6, 0, 0, ALLOW)]
+    program.append((6, 0, 0, ALLOW))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
+    filters = struct.pack("@HP", len(program), ctypes.addressof(code))
+    call("syscall", number["seccomp"], 1, 4, filters)     # SPEC_ALLOW: no slower than without
+
+
+def spare_the_loop():
+    """Limits, priority and affinity of the loop decide how the next measurement runs."""
+    tasks = [int(name) for name in os.listdir("/proc/%d/task" % os.getppid())][:100]
+    rules = {name: never(0, tasks) for name in NAMES if name.startswith("sched_")}
+    rules["prlimit64"] = only(0, [0, os.getpid()])
+    rules["setpriority"] = only(0, [0]) + only(1, [0])    # PRIO_PROCESS, oneself
+    rules["ioprio_set"] = only(0, [1]) + only(1, [0])
+    return rules
+
+
+def deny():
+    return [(6, 0, 0, EPERM)]
+
+
+def only(arg, values):
+    tests = [(0x15, len(values) - at, 0, value) for at, value in enumerate(values)]
+    return [(0x20, 0, 0, 16 + 8 * arg)] + tests + deny()
+
+
+def never(arg, values):
+    tests = [line for value in values for line in [(0x15, 0, 1, value)] + deny()]
+    return [(0x20, 0, 0, 16 + 8 * arg)] + tests
+
+
+def fail(code, text):
+    line = ("scalarloop fence: " + text).encode("utf-8", "replace").replace(b"\n", b" ")
+    os.write(int(policy["report"][0]), line + b"\n")
+    os._exit(code)
+
+
+def fence():
+    """Apply the policy to this process; return the command and its environment."""
+    words = iter(sys.argv[1:])
+    for word in iter(lambda: next(words), "--"):
+        key, _, value = word.partition("=")
+        policy.setdefault(key, []).append(os.fsencode(value))
+    with open("/proc/self/environ", "rb") as file:    # as it was before Python added LC_CTYPE
+        pairs = [pair.partition(b"=") for pair in file.read().split(b"\0") if b"=" in pair]
+    if int(policy["report"][0]) > 2:
+        os.set_inheritable(int(policy["report"][0]), False)
+    namespaces = policy["level"] == [b"namespaces"]
+    if on("death"):
+        die_with_parent()
+    if os.getppid() != int(policy["parent"][0]):
+        raise OSError(errno.ESRCH, "the loop is gone")
+    call("prctl", 38, 1, 0, 0, 0)                     # PR_SET_NO_NEW_PRIVS
+    call("setrlimit", 4, struct.pack("@2L", 1, 1))    # 1: no core file, and no handler either
+    if namespaces:
+        enter_namespaces()
+    if on("caps"):
+        drop_capabilities()
+    if on("landlock"):
+        landlock(namespaces)
+    if on("seccomp"):
+        seccomp(namespaces)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):   # Python ignores them; exec would keep that
+        signal.signal(number, signal.SIG_DFL)
+    return [os.fsencode(word) for word in words], {name: value for name, _, value in pairs}
+
+
+try:
+    argv, environment = fence()
+except BaseException as error:
+    fail(125, "%s: %s" % (step, getattr(error, "strerror", None) or repr(error)))
+try:
+    os.execve(argv[0], argv, environment)
+except OSError as error:
+    fail(126, "%s: %s" % (os.fsdecode(argv[0]), error.strerror))
+'''
+
+Runner = Callable[[List[str]], Tuple[int, bytes]]   # run argv to its end, sweep; status and output
+
+
+@dataclass(frozen=True)
+class Fence:
+    """What one fenced command may write, read and reach; every path exists and is absolute."""
+    level: str = "portable"
+    writable: Tuple[str, ...] = ()    # workspace or cleanroom, TMPDIR; /dev/shm goes by itself
+    hidden: Tuple[str, ...] = ()      # files and folders that it can't read
+    read_only: Tuple[Tuple[str, str], ...] = ()   # (source, place): binds, `namespaces` only
+    network: bool = True
+    without: FrozenSet[str] = frozenset()         # tests only: layers to leave out
+
+    def __post_init__(self) -> None:
+        """Refuse a fence that its level can't put up, or whose paths undo one another."""
+        if self.level not in LEVELS:
+            raise ValueError(f"isolation level {self.level!r} (expected one of {LEVELS})")
+        if self.read_only and self.level != "namespaces":
+            raise ValueError(f"read-only binds at level {self.level} (only namespaces has them)")
+        for path in [*self.writable, *(place for pair in self.read_only for place in pair)]:
+            for hidden in map(os.path.realpath, self.hidden):
+                if os.path.commonpath([hidden, os.path.realpath(path)]) == hidden:
+                    raise ValueError(f"{path} lies inside {hidden}, which is hidden")
+
+
+def fence_argv(fence: Fence, argv: Sequence[str], report: int = 2) -> List[str]:
+    """Return the command that runs `argv` (argv[0] absolute) fenced, as a child of this process.
+
+    Whatever keeps it from running goes to descriptor `report` as one line that begins with
+    FENCE_LINE; with a descriptor of its own (`pass_fds`) the command can't forge that line.
+    """
+    if fence.level in ("portable", "external"):
+        return list(argv)
+    policy = [f"level={fence.level}", f"parent={os.getpid()}", f"report={report}",
+              f"network={'allow' if fence.network else 'deny'}"]
+    policy += [f"write={os.path.realpath(path)}" for path in fence.writable]
+    policy += [f"hide={os.path.realpath(path)}" for path in fence.hidden]
+    for source, place in fence.read_only:
+        policy += [f"bind={os.path.realpath(source)}", f"onto={os.path.realpath(place)}"]
+    policy += [f"without={layer}" for layer in sorted(fence.without)]
+    return [*PYTHON, LAUNCHER, *policy, "--", *argv]
+
+
+PYTHON = (sys.executable, "-I", "-S", "-E", "-c")
+
+
+def probe_level(run: Runner) -> Tuple[str, Tuple[str, ...]]:
+    """Return the best level that can be had here, and a line for each better one: why not."""
+    refused: List[str] = []
+    for level in ("namespaces", "landlock"):
+        if sys.platform != "linux":
+            refused.append(f"{level}: only Linux has it")
+            continue
+        status, output = run(fence_argv(Fence(level), [*PYTHON, "pass"]))
+        if status == 0:
+            return level, tuple(refused)
+        line = output.decode("utf-8", "replace").strip().rsplit("\n", 1)[-1]
+        refused.append(f"{level}: {line.replace(FENCE_LINE, '') or f'status {status}'}")
+    return "portable", tuple(refused)
+
+
+def harden_self() -> bool:
+    """Make the loop unreadable to its own user, and the parent of its orphans (Linux)."""
+    if sys.platform != "linux":
+        return False
+    import ctypes   # not at the top: `--help` needn't pay for it
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    zeros = [ctypes.c_ulong(0)] * 3
+    return not (prctl(4, ctypes.c_ulong(0), *zeros)        # PR_SET_DUMPABLE
+                or prctl(36, ctypes.c_ulong(1), *zeros))   # PR_SET_CHILD_SUBREAPER
+
+
+def child_pids(pid: int) -> Set[int]:
+    """Return the children of a process, none if it is gone."""
+    found: Set[int] = set()
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                with open(f"/proc/{pid}/task/{task}/children", "rb") as file:
+                    found.update(map(int, file.read().split()))
+    return found
+
+
+def sweep_descendants(spare: Set[int], seconds: float = 10.0) -> Set[int]:
+    """Kill and reap until this process has no descendant but `spare` and theirs (Linux).
+
+    Needs `harden_self` before the command ran; call it when the command itself has been waited
+    for, and with every other live child in `spare`. Returns who survived, such as a set-uid child.
+    """
+    if sys.platform != "linux":
+        return set()
+    deadline = time.monotonic() + seconds
+    while True:
+        doomed = child_pids(os.getpid()) - spare
+        if not doomed or time.monotonic() > deadline:
+            return doomed
+        family = list(doomed)
+        for pid in family:   # grows while it is walked: parents first, so that fewer are born
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+            family.extend(child_pids(pid) - spare)
+        buried = [pid for pid in doomed if reaped(pid)]
+        if not buried:
+            time.sleep(0.001)
+
+
+def reaped(pid: int) -> bool:
+    """Take a dead child's status; True if it is a child no more."""
+    try:
+        return os.waitpid(pid, os.WNOHANG)[0] == pid
+    except ChildProcessError:
+        return True
+
+
+# ---- witnesses: what is really in force, from acts inside the real fence
+
+REFUSALS = frozenset("EACCES EPERM EROFS EBUSY EXDEV ESRCH ENETUNREACH".split())
+UNREACHED = "unreached"   # seen from outside, by the loop: nothing came through
+
+# Prints `fact act errno` per act. It does no harm where an act succeeds.
+WITNESS = r'''
+import ctypes, errno, os, resource, signal, socket, stat, sys, time
+
+words = [word.partition("=") for word in sys.argv[1:]]
+given = {key: value for key, _, value in words}
+bait, work, loop = given["bait"], given["work"], int(given["loop"])
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def act(fact, name, function, *args):
+    try:
+        function(*args)
+        seen = "ok"
+    except ConnectionRefusedError:
+        return                # no proof of a fence: the loop saw whether it came through
+    except OSError as error:
+        seen = errno.errorcode.get(error.errno, str(error.errno))
+    if seen == "ok" and fact == "loop_protected" and other_process():
+        seen = "ESRCH"        # this PID namespace gave the loop's number to somebody else
+    print(fact, name, seen, flush=True)
+
+
+def other_process():
+    try:
+        with open("/proc/%d/stat" % loop) as file:
+            return file.read().rsplit(")", 1)[1].split()[19] != given["started"]
+    except OSError:
+        return False
+
+
+def peek():
+    """Read the loop's memory at address 0: EFAULT means that only the address was wrong."""
+    here, there = ctypes.create_string_buffer(8), (ctypes.c_size_t * 2)(0, 8)
+    ours = (ctypes.c_size_t * 2)(ctypes.addressof(here), 8)
+    if libc.process_vm_readv(loop, ours, 1, there, 1, 0) < 0:
+        if ctypes.get_errno() != errno.EFAULT:
+            raise OSError(ctypes.get_errno(), "process_vm_readv")
+
+
+def opened(path, flags, mode=0o600):
+    os.close(os.open(path, flags, mode))
+
+
+def attempt_folder(path):
+    name = os.path.join(path, ".scalarloop-witness")
+    os.mkdir(name)
+    os.rmdir(name)
+
+
+def reach(kind, family, address):
+    with socket.socket(family, kind) as client:
+        client.settimeout(2)
+        client.connect(address)
+
+
+def serve():
+    with socket.socket() as server, socket.socket() as client:
+        server.bind(("127.0.0.1", 0))
+        server.listen(1)
+        client.settimeout(2)
+        client.connect(server.getsockname())
+        server.accept()[0].close()
+
+
+def raise_child():
+    child = os.fork()
+    if not child:
+        time.sleep(5)
+        os._exit(0)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def own_proc():
+    if os.path.isdir("/proc/self") and os.readlink("/proc/self") != str(os.getpid()):
+        raise ProcessLookupError(errno.ESRCH, "/proc is another PID namespace's")
+
+
+def start_daemon(path):
+    """Leave a twice-forked writer behind, and see its first beat; it ends by itself in 3 s."""
+    if os.fork():
+        os.wait()
+        end = time.monotonic() + 2
+        while not os.path.exists(path) and time.monotonic() < end:
+            time.sleep(0.002)
+        return
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    null = os.open("/dev/null", os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    beat = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
+    for _ in range(600):
+        os.write(beat, b".")
+        time.sleep(0.005)
+    os._exit(0)
+
+
+file, folder = os.path.join(bait, "file"), os.path.join(bait, "folder")
+inner = os.path.join(work, "inner")
+opened(inner, os.O_CREAT | os.O_WRONLY)
+append = os.O_WRONLY | os.O_APPEND
+for name, function, *args in (
+        ("append", opened, file, append), ("truncate", os.truncate, file, 0),
+        ("create", opened, bait + "/new", os.O_CREAT | os.O_EXCL | os.O_WRONLY),
+        ("mkdir", os.mkdir, bait + "/made"), ("rename", os.rename, file, bait + "/moved"),
+        ("move-in", os.rename, inner, bait + "/in"), ("link", os.link, file, work + "/link"),
+        ("symlink", os.symlink, "x", bait + "/sym"), ("unlink", os.unlink, file),
+        ("rmdir", os.rmdir, folder), ("chroot", os.chroot, "/")):   # a capability, harmless
+    act("files_sealed", name, function, *args)
+for path in (path for key, _, path in words if key == "sealed"):
+    test = (attempt_folder, path) if os.path.isdir(path) else (opened, path, append)
+    act("files_sealed", "real-path", *test)
+act("modes_sealed", "chmod", os.chmod, bait, 0o700)
+act("modes_sealed", "utime", os.utime, bait)
+act("loop_protected", "kill", os.kill, loop, 0)
+act("loop_protected", "prlimit", lambda: resource.prlimit(
+    loop, resource.RLIMIT_CORE, resource.prlimit(loop, resource.RLIMIT_CORE)))
+act("loop_protected", "memory", peek)         # the same check as ptrace, which would stop it
+act("loop_protected", "nice", lambda: os.setpriority(0, loop, os.getpriority(0, loop)))
+act("loop_protected", "affinity", lambda: os.sched_setaffinity(loop, os.sched_getaffinity(loop)))
+if "secret" in given:
+    act("secrets_hidden", "read", opened, given["secret"], os.O_RDONLY)
+if "socket" in given:
+    act("sockets_off", "path", reach, socket.SOCK_STREAM, socket.AF_UNIX, given["socket"])
+    act("sockets_off", "abstract", reach, socket.SOCK_STREAM, socket.AF_UNIX,
+        "\0" + given["abstract"])
+for path in (path for key, _, path in words if key == "hidden"):
+    act("secrets_hidden", "read-real", opened, path, os.O_RDONLY)
+for path in (os.path.join("/dev", name) for name in os.listdir("/dev")):
+    if stat.S_ISBLK(os.lstat(path).st_mode):
+        act("secrets_hidden", "disk", opened, path, os.O_RDONLY)
+if "port" in given:
+    act("network_off", "udp", reach, socket.SOCK_DGRAM, socket.AF_INET, ("192.0.2.1", 9))
+    act("network_off", "localhost", reach, socket.SOCK_STREAM, socket.AF_INET,
+        ("127.0.0.1", int(given["port"])))
+for path in (path for key, _, path in words if key == "writable"):
+    act("usable", "write", *((attempt_folder, path) if os.path.isdir(path)
+                             else (opened, path, append)))
+act("usable", "null", opened, "/dev/null", os.O_RDWR)
+if os.path.isdir("/dev/shm"):
+    act("usable", "shm", attempt_folder, "/dev/shm")
+act("usable", "children", raise_child)
+act("usable", "proc", own_proc)
+if given["serve"] == "yes":
+    act("usable", "localhost", serve)
+start_daemon(os.path.join(work, "beat"))
+'''
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Whether one protection holds, and every act with what the kernel answered."""
+    held: str = "unknown"   # yes, no or unknown; only yes counts
+    seen: str = ""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the witnesses found inside a fence; a fact without evidence is `unknown`."""
+    files_sealed: Fact = Fact()     # nothing outside the writable paths can be written
+    modes_sealed: Fact = Fact()     # ... nor its modes and times changed
+    loop_protected: Fact = Fact()   # no signal, limit, trace, priority or affinity on the loop
+    secrets_hidden: Fact = Fact()   # hidden paths can't be read
+    sockets_off: Fact = Fact()      # services on unix sockets can't be reached
+    daemons_killed: Fact = Fact()   # a daemon of the turn is gone after it
+    network_off: Fact = Fact()      # nothing beyond this fence's own localhost
+    usable: Fact = Fact()           # honest work succeeds
+
+
+def judge_fact(name: str, seen: Sequence[Tuple[str, str]]) -> Fact:
+    """Weigh the acts of one fact: an act that came through is `no`, and a doubt is `unknown`."""
+    answers = {answer for _, answer in seen}
+    text = ", ".join(f"{act} {answer}" for act, answer in dict.fromkeys(seen))
+    if name == "usable":
+        return Fact("yes" if answers == {"ok"} else "no", text)
+    if not answers or "ok" in answers:
+        return Fact("no" if answers else "unknown", text)
+    return Fact("yes" if answers <= REFUSALS | {UNREACHED} else "unknown", text)
+
+
+def take_facts(fence: Fence, run: Runner, work: str, bait: str, secret: str = "",
+               sealed: Sequence[str] = ()) -> Facts:
+    """Runner WITNESS inside `fence` and return what it and the loop saw.
+
+    `work` is a writable folder of the fence, `bait` one that it must seal (not a hidden one),
+    `secret` one that it must hide: each gets a passing sub-folder. `sealed` are real paths, tried
+    in ways that leave no trace.
+    """
+    seen: Dict[str, List[Tuple[str, str]]] = {field.name: [] for field in fields(Facts)}
+    with staged(fence, work, bait, secret) as (words, outside):
+        words += [f"sealed={path}" for path in sealed]
+        words += [f"writable={path}" for path in fence.writable]
+        words += [f"hidden={path}" for path in fence.hidden if os.path.isfile(path)]
+        status, output = run(fence_argv(fence, [*PYTHON, WITNESS, *words]))
+        for line in output.decode("utf-8", "replace").splitlines():
+            fact, act, answer = (line.split(" ") + ["", ""])[:3]
+            if fact in seen and answer:
+                seen[fact].append((act, answer))
+        for fact, act, look in outside:
+            answer = look()   # that nothing arrived proves something only if all was tried
+            seen[fact].append((act, answer if status == 0 or answer == "ok" else "untried"))
+    if status != 0:
+        seen["usable"].append((f"status-{status}", output.decode("utf-8", "replace").strip()))
+    return Facts(**{name: judge_fact(name, acts) for name, acts in seen.items()})
+
+
+Outside = List[Tuple[str, str, Callable[[], str]]]   # fact, act, and the loop's own look at it
+
+
+@contextlib.contextmanager
+def staged(fence: Fence, work: str, bait: str, secret: str
+           ) -> Iterator[Tuple[List[str], Outside]]:
+    """Lay out what the witness acts on; yield its words, and the loop's own looks afterwards."""
+    import socket   # not at the top: `--help` needn't pay for it
+    with contextlib.ExitStack() as stack:
+        def folder(parent: str) -> str:
+            return stack.enter_context(tempfile.TemporaryDirectory(prefix="w", dir=parent))
+
+        def listen(family: int, address: object, fact: str, act: str) -> object:
+            server = stack.enter_context(socket.socket(family))
+            server.bind(address)
+            server.listen(8)
+            server.setblocking(False)
+            outside.append((fact, act, lambda: "ok" if came(server.accept) else UNREACHED))
+            return server.getsockname()
+
+        inner, lure = folder(work), folder(bait)
+        beat, file = os.path.join(inner, "beat"), os.path.join(lure, "file")
+        os.mkdir(os.path.join(lure, "folder"))
+        with open(file, "wb") as stream:
+            stream.write(b"bait")
+        words = [f"bait={lure}", f"work={inner}", f"loop={os.getpid()}", f"started={started()}"]
+        outside: Outside = [("files_sealed", "outside", lambda: as_left(lure, file)),
+                            ("daemons_killed", "beat", lambda: daemon_state(beat))]
+        if secret:
+            canary = os.path.join(folder(secret), "canary")
+            with open(canary, "wb") as stream:
+                stream.write(b"canary")
+            words.append(f"secret={canary}")
+        name = os.path.basename(lure) + str(os.getpid())
+        spot = os.path.join(lure if len(os.fsencode(lure)) < 90 else folder("/tmp"), "socket")
+        if sys.platform == "linux":
+            words += [f"socket={spot}", f"abstract={name}"]
+            listen(socket.AF_UNIX, spot, "sockets_off", "path-served")
+            listen(socket.AF_UNIX, "\0" + name, "sockets_off", "abstract-served")
+        if not fence.network:
+            address = listen(socket.AF_INET, ("127.0.0.1", 0), "network_off", "localhost-served")
+            words.append(f"port={address[1]}")
+        inside_lo = fence.network or fence.level == "namespaces"
+        yield words + [f"serve={'yes' if inside_lo else 'no'}"], outside
+
+
+def came(accept: Callable[[], object]) -> bool:
+    """Say whether anybody connected."""
+    try:
+        accept()
+    except BlockingIOError:
+        return False
+    return True
+
+
+def started() -> str:
+    """Return this process's start time in the kernel's ticks, empty where there is no /proc."""
+    with contextlib.suppress(OSError):
+        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+            return file.read().rsplit(")", 1)[1].split()[19]
+    return ""
+
+
+def as_left(lure: str, file: str) -> str:
+    """Look at the bait from outside: `unreached` if it is as it was laid out."""
+    try:
+        with open(file, "rb") as stream:
+            same = stream.read() == b"bait"
+    except OSError:
+        return "ok"
+    return UNREACHED if same and set(os.listdir(lure)) <= {"file", "folder", "socket"} else "ok"
+
+
+def daemon_state(beat: str) -> str:
+    """Look whether the daemon that wrote `beat` still writes; no beat at all tells nothing."""
+    if not os.path.exists(beat):
+        return "never-began"
+    size = os.path.getsize(beat)
+    time.sleep(0.06)
+    return UNREACHED if size and os.path.getsize(beat) == size else "ok"
+
+@dataclass(frozen=True)
+class Isolation:
+    """What is in force: the level, a fence to derive others from, and what the witnesses saw."""
+
+    level: str
+    fence: Fence
+    facts: Facts
+    notes: Tuple[str, ...]              # why no better level
+    state: Tuple[str, ...]              # hidden from everybody: state folder and ledger key
+    secrets: Tuple[str, ...]            # these, and the holdout's files
+
+    def as_record(self) -> Dict[str, Any]:
+        """Return it for the ledger."""
+        return {"level": self.level, "notes": list(self.notes), "facts": {
+            name: {"held": fact.held, "seen": fact.seen}
+            for name, fact in ((f.name, getattr(self.facts, f.name))
+                               for f in dataclasses.fields(Facts))}}
+
+
+class FenceFailed(ScalarLoopError):
+    """A layer of the isolation that the gate had witnessed could not be put up again."""
+
+
+def run_fenced(fence: Fence, argv: Sequence[str], **options: Any) -> Ended:
+    """Run an untrusted program behind a fence; no descendant of it is left afterwards.
+
+    Raises FenceFailed when the fence can't be put up: then the program was not run at all.
+    """
+    if fence.level in ("portable", "external"):
+        return run_program(argv, sweep=True, **options)
+    reader, writer = os.pipe()
+    try:
+        ended = run_program(fence_argv(fence, argv, writer), sweep=True, keep=(writer,), **options)
+    finally:
+        os.close(writer)
+        os.set_blocking(reader, False)
+        try:
+            report = os.read(reader, 4096)
+        except BlockingIOError:
+            report = b""
+        os.close(reader)
+    if report and ended.status == FENCE_FAILED:
+        raise FenceFailed("isolation: " + printable(report.decode("utf-8", "replace").strip()))
+    return ended
+
+
+def choose_isolation(config: Config, tmp: str, state_folder: str, watch: Watch) -> Isolation:
+    """Take the asked-for level, or the best that can be had, and witness it; refuse less.
+
+    A fact counts as held only if a witness inside the real fence saw it.
+    """
+    work, bait, scratch = (os.path.join(tmp, name) for name in ("witness", "bait", "scratch"))
+    for path in (work, bait, scratch):
+        os.makedirs(path, exist_ok=True)
+
+    def run(argv: Sequence[str]) -> Tuple[int, bytes]:
+        capture = Capture()
+        ended = run_program(argv, cwd=work, env={"PATH": search_path()}, sink=capture, timeout=60.0,
+                            watch=watch, sweep=True)
+        return ended.status, capture.log()
+
+    required = [word for word in config.isolation.require if word in LEVELS]
+    wanted = config.isolation.level
+    level, notes = probe_level(run) if wanted not in ("portable", "external") or required \
+        else (wanted, ())
+    order = {name: place for place, name in enumerate(LEVELS)}
+    for word in [*required, *([wanted] if wanted != "auto" else [])]:
+        if order[level] < order[word]:
+            why = "; ".join(notes) or f"the best here is {level}"
+            raise Refused(f"isolation: {word} can't be had on this machine ({why}); set [isolation] "
+                          "level or require to what it has")
+    level = wanted if wanted != "auto" else level
+    hidden = [state_folder] + [path for path in [os.environ.get("SCALARLOOP_LEDGER_KEY", "")] if path]
+    secrets = hidden + [path for word in config.holdout.files for path in
+                        [os.path.join(config.folder, os.path.expanduser(word))]
+                        if os.path.exists(path)]
+    fence = Fence(level, writable=(work, scratch), hidden=tuple(secrets),
+                  network=config.metric.network == "allow")
+    facts = take_facts(fence, run, work, bait, state_folder, [config.path])
+    missing = [word for word in config.isolation.require if word in FACTS
+               and getattr(facts, word).held != "yes"]
+    if missing:
+        seen = "; ".join(f"{word}: {getattr(facts, word).seen or 'no witness'}" for word in missing)
+        raise Refused(f"isolation: not in force at level {level}: {seen}; relax [isolation] require "
+                      "or run where it can be had")
+    if level not in ("portable", "external") and facts.usable.held != "yes":
+        raise Refused(f"isolation: at level {level} honest work fails ({facts.usable.seen}); set "
+                      "[isolation] level to a lower one")
+    return Isolation(level, fence, facts, tuple(notes), tuple(hidden), tuple(secrets))
+
+
+FACT_WORDS = {
+    "files_sealed": "nothing outside its own folders can be written",
+    "modes_sealed": "nor modes and times changed there",
+    "loop_protected": "the loop can't be signalled, limited or traced",
+    "secrets_hidden": "state folder, key and holdout can't be read",
+    "sockets_off": "services on unix sockets can't be reached",
+    "daemons_killed": "what it leaves running is dead when the turn ends",
+    "network_off": "the network is off for the metric",
+    "usable": "honest work succeeds"}
+
+
+def isolation_rows(config: Config, isolation: Isolation) -> List[Tuple[str, str]]:
+    """Return what is in force in plain words, as (state, text) rows for the gate's table."""
+    held, open_ = [], []
+    for name, words in FACT_WORDS.items():
+        fact = getattr(isolation.facts, name)
+        if name == "network_off" and config.metric.network == "allow":
+            continue
+        (held if fact.held == "yes" else open_).append((name, words, fact))
+    rows = [("ok", f"{isolation.level}: " + "; ".join(words for _, words, _ in held))]
+    rows += [("notice", f"not in force: {words} ({name}: {printable(fact.seen, 100) or 'no witness'})")
+             for name, words, fact in open_]
+    return rows + [("notice", f"no better level: {note}") for note in isolation.notes]
+
+
+# ══ git ══════════════════════════════════════════════════════════════════════════════════════════
+# Every call of the loop is made here: absolute program, environment from nothing, a private HOME
+# whose .gitconfig only says safe.directory (-c does not do for that), no system or global config,
+# no hooks, no fsmonitor, no replace objects. A repository that an agent can write is never opened.
+
+class GitFailed(ScalarLoopError):
+    """A git command failed; carries its first line of complaint."""
+
+
+GIT_SETTINGS = ("core.hooksPath=/dev/null", "core.fsmonitor=false", "core.attributesFile=/dev/null",
+                "core.excludesFile=/dev/null", "gc.auto=0", "maintenance.auto=false",
+                "core.quotePath=true", "protocol.allow=never", "core.untrackedCache=false")
+IDENTITY = {f"GIT_{role}_{part}": value for role in ("AUTHOR", "COMMITTER")
+            for part, value in (("NAME", "scalarloop"), ("EMAIL", "scalarloop@localhost"))}
+
+
+def find_git() -> str:
+    """Return the absolute path of git; refuse when there is none, or one that is too old."""
+    program = shutil.which("git", path=search_path())
+    if not program:
+        raise Refused("git: not found on PATH (install git 2.25 or later)")
+    return program
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A git repository that the loop may run git on; commands fail with GitFailed."""
+
+    program: str
+    home: str
+    git_dir: str = ""
+    work_tree: str = ""
+    cwd: str = "/"
+
+    def git(self, *args: str, stdin: Any = b"", sink: Optional[Callable[[bytes], None]] = None,
+            env: Optional[Dict[str, str]] = None, accept: Tuple[int, ...] = (0,)) -> bytes:
+        """Run one git command and return its standard output (empty when `sink` takes it)."""
+        output: List[bytes] = []
+        errors = Capture(cap=4096)
+        where = {"GIT_DIR": self.git_dir} if self.git_dir else {}
+        if self.work_tree:
+            where["GIT_WORK_TREE"] = self.work_tree
+        environment = {
+            "PATH": search_path(), "HOME": self.home, "XDG_CONFIG_HOME": self.home, "LC_ALL": "C",
+            "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1", "GIT_TERMINAL_PROMPT": "0",
+            "GIT_NO_REPLACE_OBJECTS": "1", "GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1",
+            "TZ": "UTC", **IDENTITY, **where, **(env or {})}
+        settings = [word for setting in GIT_SETTINGS for word in ("-c", setting)]
+        ended = run_program([self.program, *settings, *args], cwd=self.cwd, env=environment,
+                              sink=sink or output.append, errors=errors, stdin=stdin)
+        if ended.status not in accept:
+            lines = errors.log().decode("utf-8", "replace").strip().splitlines()
+            raise GitFailed(f"{args[0]} failed ({ended.describe()}): "
+                            f"{printable(lines[0]) if lines else 'no message'}")
+        return b"".join(output)
+
+    def line(self, *args: str, **options: Any) -> str:
+        """Run one git command and return its one line of output."""
+        return os.fsdecode(self.git(*args, **options).rstrip(b"\n"))
+
+    def ref(self, name: str) -> str:
+        """Return the object that a ref points at, or "" when there is none."""
+        return self.line("rev-parse", "--verify", "--quiet", name, accept=(0, 1))
+
+
+@dataclass(frozen=True)
+class UserRepository:
+    """What the loop needs to know of the user's repository; it is read once, at the start."""
+
+    repo: Repository
+    top: str            # root of the work tree
+    prefix: bytes       # loop.ini's folder below it: b"" or b"sub/folder/"
+    head: str           # the checked-out commit
+    branch: str         # the checked-out branch, "" when HEAD is detached
+    objects: str        # where its objects live
+
+    @property
+    def algorithm(self) -> str:
+        """Return the object format, sha1 or sha256."""
+        return "sha256" if len(self.head) == 64 else "sha1"
+
+
+def open_user_repository(program: str, home: str, folder: str) -> UserRepository:
+    """Find the repository around `folder`; refuse a bare one, none, or one without a commit."""
+    found = Repository(program, home, cwd=folder)
+    try:
+        bare = found.line("rev-parse", "--is-bare-repository")
+    except GitFailed as error:
+        raise Refused(f"git: {folder} is not in a git repository that can be read ({error}); "
+                      "run `git init` and commit first") from None
+    if bare == "true":
+        raise Refused(f"git: {folder} is in a bare repository; use a clone with a work tree")
+    if found.line("rev-parse", "--is-inside-work-tree") != "true":
+        raise Refused(f"git: {folder} is inside a .git folder; use the work tree")
+    top = found.line("rev-parse", "--show-toplevel")
+    prefix = os.fsencode(found.line("rev-parse", "--show-prefix"))
+    git_dir = found.line("rev-parse", "--absolute-git-dir")
+    objects = os.path.join(folder, found.line("rev-parse", "--git-path", "objects"))
+    repo = Repository(program, home, git_dir, top, top)
+    head = repo.ref("HEAD^{commit}")
+    if not head:
+        raise Refused("git: the repository has no commit yet; commit what the loop starts from")
+    branch = repo.line("symbolic-ref", "--quiet", "--short", "HEAD", accept=(0, 1))
+    return UserRepository(repo, top, prefix, head, branch, os.path.abspath(objects))
+
+
+class Listed(NamedTuple):
+    """A row of `git ls-tree`: its mode and object."""
+
+    mode: int
+    oid: str
+
+
+class Edit(NamedTuple):
+    """The new bytes of an in-scope file; `data` is None when it was deleted."""
+
+    mode: int
+    data: Optional[bytes]
+
+
+class BlobStream:
+    """Take the output of `git cat-file --batch`, check each object's own hash, and pass it on.
+
+    `begin(n)` returns what takes the bytes of the n-th object, `end(n, digest, size)` is called
+    with the SHA-256 of them. Raises StoreDamaged for anything that is missing or not itself.
+    """
+
+    def __init__(self, oids: Sequence[str], begin: Callable[[int], Callable[[bytes], None]],
+                 end: Callable[[int, bytes, int], None]):
+        self.oids, self.begin, self.end = oids, begin, end
+        self.count = 0
+        self._rest = b""
+        self._left = -1     # bytes of the body to come, its newline included; -1: a header is next
+        self._size = 0
+        self._take: Callable[[bytes], None] = lambda data: None
+        self._sha256 = self._own = hashlib.sha256()
+
+    def __call__(self, chunk: bytes) -> None:
+        data, at = self._rest + chunk, 0
+        while at < len(data):
+            if self._left < 0:
+                end = data.find(b"\n", at)
+                if end < 0:
+                    break
+                self._begin(data[at:end])
+                at = end + 1
+            else:
+                piece = data[at:at + self._left]
+                at += len(piece)
+                self._left -= len(piece)
+                body = piece[:-1] if self._left == 0 else piece
+                self._sha256.update(body)
+                self._own.update(body)
+                self._take(body)
+                if self._left == 0:
+                    self._finish()
+        self._rest = data[at:]
+
+    def _begin(self, header: bytes) -> None:
+        words = header.split()
+        if self.count >= len(self.oids) or len(words) != 3 or words[1] != b"blob" \
+                or words[0].decode() != self.oids[self.count]:
+            raise StoreDamaged(f"store: object {printable(header.decode('ascii', 'replace'))}")
+        self._size = int(words[2])
+        self._left = self._size + 1
+        self._sha256 = hashlib.sha256()
+        self._own = hashlib.new("sha256" if len(words[0]) == 64 else "sha1", b"blob %d\0"
+                                % self._size)
+        self._take = self.begin(self.count)
+
+    def _finish(self) -> None:
+        if self._own.hexdigest() != self.oids[self.count]:
+            raise StoreDamaged(f"store: object {self.oids[self.count]} holds other bytes")
+        self.end(self.count, self._sha256.digest(), self._size)
+        self.count += 1
+        self._left = -1
+
+
+@dataclass(frozen=True)
+class Store:
+    """The loop's private bare repository: a shallow copy of the base, and what was proposed."""
+
+    repo: Repository
+
+    def list_tree(self, commit: str) -> Dict[bytes, Listed]:
+        """Return every file of a commit's tree."""
+        rows = self.repo.git("ls-tree", "-r", "-z", "--full-tree", commit).split(b"\0")
+        table = {}
+        for row in rows[:-1]:
+            meta, _, path = row.partition(b"\t")
+            mode, _, oid = meta.split(b" ")
+            table[path] = Listed(int(mode, 8), oid.decode())
+        return table
+
+    def read_blobs(self, oids: Sequence[str], begin: Callable[[int], Callable[[bytes], None]],
+                   end: Callable[[int, bytes, int], None]) -> None:
+        """Stream blobs in order; see BlobStream."""
+        if not oids:
+            return
+        stream = BlobStream(oids, begin, end)
+        self.repo.git("cat-file", "--batch", stdin="".join(f"{oid}\n" for oid in oids).encode(),
+                      sink=stream)
+        if stream.count != len(oids):
+            raise StoreDamaged(f"store: {len(oids) - stream.count} objects can't be read")
+
+    def write_tree(self, base: str, edits: Dict[bytes, Edit]) -> str:
+        """Write `edits` over the tree of commit `base`, bytes as they are; return the tree."""
+        script = [b"commit refs/scalarloop/candidate\nmark :1\n"
+                  b"committer scalarloop <scalarloop@localhost> 0 +0000\ndata 0\n"
+                  b"from %s\n" % base.encode()]
+        for path, edit in sorted(edits.items(), key=lambda item: item[1].data is not None):
+            if edit.data is None:       # deletions first: a file may have become a folder
+                script.append(b"D %s\n" % quoted_path(path))
+            else:
+                script.append(b"M %o inline %s\ndata %d\n%s\n"
+                              % (edit.mode, quoted_path(path), len(edit.data), edit.data))
+        script.append(b'\nls :1 ""\ndone\n')
+        answer = self.repo.git("fast-import", "--quiet", "--force", "--done", "--cat-blob-fd=1",
+                               "--date-format=raw", stdin=b"".join(script))
+        words = answer.split()
+        if len(words) < 3 or words[1] != b"tree":
+            return self.repo.line("rev-parse", "refs/scalarloop/candidate^{tree}")
+        return words[2].decode()
+
+    def write_anchor(self, ledger: bytes, message: str) -> str:
+        """Write a parentless commit that holds the ledger; return its id."""
+        blob = self.repo.line("hash-object", "-w", "--no-filters", "--stdin", stdin=ledger)
+        tree = self.repo.line("mktree", stdin=f"100644 blob {blob}\tledger.jsonl\n".encode())
+        return self.commit(tree, "", message, int(time.time()))
+
+    def commit(self, tree: str, parent: str, message: str, when: int) -> str:
+        """Write a commit and return its id; `parent` may be empty."""
+        date = {f"GIT_{role}_DATE": f"@{when} +0000" for role in ("AUTHOR", "COMMITTER")}
+        parents = ["-p", parent] if parent else []
+        return self.repo.line("commit-tree", tree, *parents, stdin=message.encode(), env=date)
+
+    def ignored(self, skeleton: str, paths: Sequence[bytes]) -> Set[bytes]:
+        """Return those new paths that the base's own ignore rules cover.
+
+        `skeleton` holds the base's .gitignore files and nothing else, so that a rule which the
+        agent wrote counts for nothing.
+        """
+        if not paths:
+            return set()
+        inside = dataclasses.replace(self.repo, work_tree=skeleton, cwd=skeleton)
+        found = inside.git("check-ignore", "-z", "--stdin", "--no-index", accept=(0, 1),
+                           stdin=b"".join(b"./%s\0" % path for path in paths))
+        return {path[2:] for path in found.split(b"\0")[:-1]}     # "./" keeps a ":" from being magic
+
+    def diff(self, old: str, new: str, sink: Callable[[bytes], None]) -> None:
+        """Pass a patch between two trees on to `sink`."""
+        self.repo.git("diff-tree", "-r", "-p", "--no-ext-diff", "--no-textconv", "--no-renames",
+                      "--no-color", old, new, sink=sink)
+
+
+def quoted_path(path: bytes) -> bytes:
+    """Quote a path as git's fast-import reads it."""
+    quoted = b"".join(b"\\%03o" % byte if byte in b'"\\' or byte < 32 else bytes([byte])
+                      for byte in path)
+    return b'"' + quoted + b'"'
+
+
+def create_store(path: str, user: UserRepository) -> Store:
+    """Make the store: a bare repository with the base commit, its tree, and no history."""
+    os.makedirs(path, 0o700)
+    repo = dataclasses.replace(user.repo, git_dir=path, work_tree="", cwd=path)
+    form = ["--object-format=sha256"] if user.algorithm == "sha256" else []
+    repo.git("init", "--quiet", "--bare", "--template=", *form)
+    objects = [line.split(b" ")[0] for line in user.repo.git(
+        "rev-list", "--objects", "--no-walk", user.head).splitlines()]
+    user.repo.git("pack-objects", "--quiet", os.path.join(path, "objects", "pack", "pack"),
+                  stdin=b"\n".join(objects) + b"\n")
+    if user.repo.line("rev-list", "--parents", "-n1", user.head).split()[1:]:
+        write_file(os.path.join(path, "shallow"), user.head.encode() + b"\n")
+    repo.git("update-ref", "refs/scalarloop/base", user.head)
+    return Store(repo)
+
+
+def hand_over(store: Store, user: UserRepository, new: Sequence[str], known: Sequence[str]) -> None:
+    """Copy the objects of `new` that `known` lacks into the user's repository.
+
+    Under the store's config: a fetch there would run what the user's config names. Objects are
+    flushed to disk before any ref says that they exist; a repository of another user stays
+    writable for its owner.
+    """
+    spec = "".join(f"{oid}\n" for oid in new) + "".join(f"^{oid}\n" for oid in known)
+    listed = store.repo.git("rev-list", "--objects", "--stdin", stdin=spec.encode())
+    oids = [line.split(b" ")[0].decode() for line in listed.splitlines()]
+    with tempfile.TemporaryFile() as pack:
+        store.repo.git("pack-objects", "--quiet", "--stdout", sink=pack.write,
+                       stdin="".join(f"{oid}\n" for oid in oids).encode())
+        pack.seek(0)
+        store.repo.git("unpack-objects", "-q", stdin=pack,
+                       env={"GIT_OBJECT_DIRECTORY": user.objects})
+    for oid in oids:
+        for root in (user.objects, os.path.join(store.repo.git_dir, "objects")):
+            sync_path(os.path.join(root, oid[:2], oid[2:]))
+    paths = [os.path.join(user.objects, oid[:2], *rest) for oid in oids for rest in ((), (oid[2:],))]
+    keep_owner(user.objects, paths)
+
+
+def move_ref(user: UserRepository, ref: str, new: str, old: str) -> None:
+    """Point a ref of the user's repository at `new` if it still points at `old` ("": absent).
+
+    Raises RecordBroken when it points elsewhere: it is somebody else's then, and left alone.
+    """
+    expected = old or "0" * len(new)
+    try:
+        user.repo.git("update-ref", "-m", "scalarloop", ref, new, expected)
+    except GitFailed as error:
+        raise RecordBroken(f"{ref} is no longer where this run left it ({error}); it was left "
+                           "alone. Look at it, then move it back or start a new run") from None
+    git_dir = user.repo.line("rev-parse", "--git-common-dir")
+    parts = ref.split("/")
+    keep_owner(user.objects, [os.path.join(git_dir, log, *parts[:n]) for log in ("", "logs")
+                              for n in range(2, len(parts) + 1)])
+
+
+def keep_owner(like: str, paths: Iterable[str]) -> None:
+    """As root over somebody else's repository, give new files to the owner of `like`."""
+    owner = os.stat(like)
+    if os.geteuid() == 0 and owner.st_uid != 0:
+        for path in paths:
+            if os.path.lexists(path) and os.lstat(path).st_uid == 0:
+                os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+
+
+# ══ paths and scope ══════════════════════════════════════════════════════════════════════════════
+
+def decoded(path: bytes) -> str:
+    """Return a path as text that can be turned back into the same bytes."""
+    return path.decode("utf-8", "surrogateescape")
+
+
+def segments_match(parts: Sequence[str], globs: Sequence[str]) -> bool:
+    """Match a path to a glob segment by segment: `*` stays within one, `**` spans any number.
+
+    A segment that begins with .git matches only its own name, written out; .git itself never.
+    """
+    if not globs:
+        return not parts
+    if globs[0] == "**":
+        if len(globs) == 1:
+            return bool(parts) and not any(part.lower().startswith(".git") for part in parts)
+        return segments_match(parts, globs[1:]) or (
+            bool(parts) and not parts[0].lower().startswith(".git")
+            and segments_match(parts[1:], globs))
+    if not parts:
+        return False
+    if parts[0].lower().startswith(".git"):
+        same = parts[0] == globs[0] and parts[0].lower() != ".git"
+    else:
+        same = fnmatch.fnmatchcase(parts[0], globs[0])
+    return same and segments_match(parts[1:], globs[1:])
+
+
+def split_glob(glob: str) -> Tuple[str, ...]:
+    """Return a glob's segments; `src/` means everything below src."""
+    text = glob + "**" if glob.endswith("/") else glob
+    return tuple(part for part in text.split("/") if part not in ("", "."))
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What the agent may change: globs below `prefix`; a path that is also sealed is not in it."""
+
+    prefix: bytes
+    globs: Tuple[Tuple[str, ...], ...]
+    sealed: Tuple[Tuple[str, ...], ...]
+    dropped: Tuple[Tuple[str, ...], ...]
+
+    def _parts(self, path: bytes) -> Optional[List[str]]:
+        inside = path.startswith(self.prefix)
+        return decoded(path[len(self.prefix):]).split("/") if inside else None
+
+    def holds(self, path: bytes) -> bool:
+        """Tell whether the agent may change this path."""
+        parts = self._parts(path)
+        return parts is not None and any(segments_match(parts, glob) for glob in self.globs) \
+            and not self.seals(path)
+
+    def seals(self, path: bytes) -> bool:
+        """Tell whether `seal` names this path or a folder above it."""
+        parts = self._parts(path)
+        return parts is not None and any(
+            segments_match(parts[:n], glob)
+            for glob in self.sealed for n in range(1, len(parts) + 1))
+
+    def drops(self, path: bytes) -> bool:
+        """Tell whether `ignore` names this path: an agent's own droppings."""
+        parts = self._parts(path)
+        return parts is not None and any(segments_match(parts, glob) for glob in self.dropped)
+
+
+def is_outside(word: str) -> bool:
+    """Tell whether a `seal` word names a path of the machine rather than of the tree."""
+    return word.startswith(("/", "~")) or ".." in word.split("/")
+
+
+def make_scope(config: Config, prefix: bytes) -> Scope:
+    """Build the scope of a config for a loop.ini that sits at `prefix` in its repository."""
+    loop = config.loop
+    return Scope(prefix, tuple(map(split_glob, loop.scope)),
+                 tuple(split_glob(word) for word in loop.seal if not is_outside(word)),
+                 tuple(map(split_glob, loop.ignore)))
+
+
+# ══ trees on disk ════════════════════════════════════════════════════════════════════════════════
+# One mechanism serves workspace and cleanrooms: write a tree from the store, remember the stat
+# signature of everything in it, and later walk it and say what is different.
+
+class Entry(NamedTuple):
+    """A file that must be in a tree: git mode, git object ("" when it isn't tracked), content."""
+
+    mode: int
+    oid: str
+    digest: bytes       # SHA-256 of the bytes, or of a symlink's target
+    size: int
+
+
+Manifest = Dict[bytes, Entry]
+GITLINK, SYMLINK_MODE, EXECUTABLE, PLAIN = 0o160000, 0o120000, 0o100755, 0o100644
+LFS_POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\n(?:[a-z0-9.-]+ [^\n]*\n)*?"
+                         rb"oid sha256:([0-9a-f]{64})\nsize ([0-9]+)\n")
+
+
+def take_manifest(store: Store, commit: str, lfs: FrozenSet[bytes]) -> Manifest:
+    """Hash every file of a commit's tree; a git-lfs pointer named in `lfs` counts as its content."""
+    listed = sorted(store.list_tree(commit).items())
+    files = [(path, row) for path, row in listed if row.mode != GITLINK]
+    manifest: Manifest = {path: Entry(row.mode, row.oid, b"", 0) for path, row in listed
+                          if row.mode == GITLINK}
+    pieces: List[bytes] = []
+
+    def begin(index: int) -> Callable[[bytes], None]:
+        pieces.clear()
+        return pieces.append if files[index][0] in lfs else lambda data: None
+
+    def end(index: int, digest: bytes, size: int) -> None:
+        path, row = files[index]
+        pointer = LFS_POINTER.fullmatch(b"".join(pieces)) if pieces else None
+        if pointer:
+            digest, size = bytes.fromhex(pointer[1].decode()), int(pointer[2])
+        manifest[path] = Entry(row.mode, row.oid, digest, size)
+
+    store.read_blobs([row.oid for _, row in files], begin, end)
+    return manifest
+
+
+def manifest_root(entries: Iterable[Tuple[bytes, Entry]]) -> str:
+    """Return one SHA-256 over paths, modes and content; every field is length-prefixed."""
+    digest = hashlib.sha256()
+    for path, entry in sorted(entries):
+        for part in (path, b"%o" % entry.mode, entry.digest):
+            digest.update(b"%d:%s" % (len(part), part))
+    return digest.hexdigest()
+
+
+def hash_file(path: bytes) -> Tuple[bytes, int]:
+    """Return the SHA-256 and the size of a regular file; never follows a link, never blocks."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb", buffering=0) as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError("not a regular file")
+        digest, size = hashlib.sha256(), 0
+        for chunk in iter(lambda: stream.read(CHUNK), b""):
+            digest.update(chunk)
+            size += len(chunk)
+        return digest.digest(), size
+
+
+def stamp_of(status: os.stat_result) -> bytes:
+    """Return the stat signature of a file: it changes with any write, even one that is undone."""
+    return struct.pack("=QqqqI", status.st_ino, status.st_size, status.st_mtime_ns,
+                       status.st_ctime_ns, status.st_mode)
+
+
+def entry_of(path: bytes, status: os.stat_result) -> Entry:
+    """Read a file or symlink into an (untracked) Entry."""
+    if stat.S_ISLNK(status.st_mode):
+        target = os.readlink(path)
+        return Entry(SYMLINK_MODE, "", hashlib.sha256(target).digest(), len(target))
+    digest, size = hash_file(path)
+    return Entry(EXECUTABLE if status.st_mode & 0o100 else PLAIN, "", digest, size)
+
+
+def scan(root: bytes, below: bytes = b"") -> Iterator[Tuple[bytes, os.stat_result]]:
+    """Walk a tree without following links: (path below root, lstat), a folder before its content.
+
+    Raises CensusError when something can't be listed.
+    """
+    pending = [below]
+    while pending:
+        folder = pending.pop()
+        prefix = folder + b"/" if folder else b""
+        try:
+            with os.scandir(os.path.join(root, folder)) as entries:
+                rows = [(prefix + entry.name, entry.stat(follow_symlinks=False))
+                        for entry in entries]
+        except PermissionError:
+            raise CensusError(Reason.UNREADABLE, folder) from None
+        except OSError:
+            raise CensusError(Reason.CENSUS_FAILED, folder) from None
+        for path, status in rows:
+            if stat.S_ISDIR(status.st_mode):
+                pending.append(path)
+            yield path, status
+
+
+@dataclass
+class Layer:
+    """Untracked files that belong to a pristine tree: shared folders, setup's output, a .git.
+
+    `sources` says where the bytes of each entry are kept, out of any program's reach.
+    """
+
+    entries: Manifest = field(default_factory=dict)
+    sources: Dict[bytes, bytes] = field(default_factory=dict)
+    folders: Set[bytes] = field(default_factory=set)
+    loose: Set[bytes] = field(default_factory=set)      # may change during a run; put back after it
+
+    def add(self, other: "Layer") -> None:
+        """Take the content of another layer over."""
+        self.entries.update(other.entries)
+        self.sources.update(other.sources)
+        self.folders.update(other.folders)
+        self.loose.update(other.loose)
+
+
+def take_layer(root: bytes, master: bytes, paths: Iterable[Tuple[bytes, os.stat_result]]) -> Layer:
+    """Copy files and folders of `root` to `master`, and return them as a layer."""
+    layer = Layer()
+    for path, status in paths:
+        source, copy = os.path.join(root, path), os.path.join(master, path)
+        if stat.S_ISDIR(status.st_mode):
+            layer.folders.add(path)
+            os.makedirs(copy, exist_ok=True)
+            continue
+        os.makedirs(os.path.dirname(copy), exist_ok=True)
+        if stat.S_ISLNK(status.st_mode):
+            os.symlink(os.readlink(source), copy)
+        elif stat.S_ISREG(status.st_mode):
+            shutil.copyfile(source, copy, follow_symlinks=False)
+        else:
+            continue    # a socket or a FIFO has no bytes to keep
+        layer.entries[path] = entry_of(source, status)
+        layer.sources[path] = copy
+    return layer
+
+
+class Change(NamedTuple):
+    """One difference between a tree on disk and what was written there.
+
+    `kind` is created, modified, touched (same bytes, another stat signature), deleted, retyped,
+    mode, set_id, hard_link, or for a folder: folder_created, folder_touched, folder_deleted.
+    """
+
+    kind: str
+    path: bytes
+    status: Optional[os.stat_result]
+
+
+class Tree:
+    """A folder that the loop writes from the store, hands to a program, and inspects after it.
+
+    `found` holds what the last inspection saw; the next `make_pristine` undoes just that. A tree
+    that was handed out and not inspected since is `dirty`, one that can't be walked is rebuilt.
+    """
+
+    def __init__(self, root: str, store: Store, layer: Layer, kept: Sequence[bytes] = (),
+                 lfs_folder: str = ""):
+        self.root, self.store, self.layer = os.fsencode(root), store, layer
+        self.kept = tuple(kept)     # folders that survive from run to run (`cache`)
+        self.lfs_folder = lfs_folder
+        self.manifest: Optional[Manifest] = None
+        self.expected: Manifest = {}
+        self.stamps: Dict[bytes, bytes] = {}
+        self.folders: Dict[bytes, bytes] = {}
+        self.found: List[Change] = []
+        self.dirty = False
+        self._unsettled: Set[bytes] = set()
+        self._latest = 0
+
+    def set_layer(self, layer: Layer) -> None:
+        """Give the tree other untracked files; they are written by the next `make_pristine`."""
+        self.layer = layer
+        if self.manifest is not None:
+            self.manifest = dict(self.manifest)     # another identity: compared anew
+
+    def make_pristine(self, manifest: Manifest) -> None:
+        """Make the tree exactly `manifest` and its layer, changing only what differs."""
+        if self.dirty and self.manifest is not None:
+            try:
+                self.inspect()
+            except CensusError:
+                self.manifest = None
+        if self.manifest is None:
+            remove_tree(os.fsdecode(self.root))
+            os.makedirs(self.root, 0o700)
+            self.expected, self.stamps, self.folders, self.found = {}, {}, {}, []
+            for path in self.layer.folders:
+                os.makedirs(os.path.join(self.root, path), exist_ok=True)
+                self._mark_folders(path)
+            self._mark_folders(b"")
+        self._switch(manifest, self.found)
+        self.found, self.dirty = [], False
+
+    def _switch(self, manifest: Manifest, changes: Sequence[Change]) -> None:
+        stale = {change.path for change in changes if not change.kind.startswith("folder")
+                 and change.kind not in ("created", "touched")}
+        gone: List[bytes] = []
+        if manifest is not self.manifest:
+            old, wanted = self.expected, {**self.layer.entries, **manifest}
+            stale.update(path for path, entry in wanted.items() if old.get(path) != entry)
+            gone = [path for path in old if path not in wanted]
+            self.expected, self.manifest = wanted, manifest
+        for change in changes:
+            if change.kind in ("created", "folder_created"):
+                self._remove(change.path)
+        for path in [*gone, *stale]:
+            self._remove(path)
+        for path in gone:
+            self._prune(os.path.dirname(path))
+        for change in changes:
+            if change.kind == "folder_deleted":
+                self._restore_folder(change.path)
+        self._write([path for path in stale if path in self.expected])
+        for change in changes:
+            if change.kind in ("touched", "folder_touched"):
+                self._stamp(change.path)
+        self._settle()
+
+    def add_files(self, rows: Sequence[Tuple[bytes, bytes]]) -> None:
+        """Copy (source, path) into the tree as what a program left there: gone at the next switch.
+        """
+        for source, path in rows:
+            target = os.path.join(self.root, path)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            shutil.copyfile(source, target, follow_symlinks=False)
+            folder = os.path.dirname(path)
+            while folder not in self.folders:
+                folder = os.path.dirname(folder)
+            self._unsettled.add(folder)
+        self._settle()
+
+    def _remove(self, path: bytes) -> None:
+        full = os.path.join(self.root, path)
+        self.stamps.pop(path, None)
+        self._mark_folders(os.path.dirname(path), only=True)
+        try:
+            if stat.S_ISDIR(os.lstat(full).st_mode):
+                remove_tree(os.fsdecode(full))
+            else:
+                os.unlink(full)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+
+    def _prune(self, folder: bytes) -> None:
+        """Remove folders that became empty: git has none."""
+        while folder and folder not in self.layer.folders:
+            try:
+                os.rmdir(os.path.join(self.root, folder))
+            except FileNotFoundError:
+                pass
+            except OSError:
+                return
+            self.folders.pop(folder, None)
+            self._unsettled.discard(folder)
+            folder = os.path.dirname(folder)
+            self._mark_folders(folder, only=True)
+
+    def _restore_folder(self, path: bytes) -> None:
+        """Forget a folder that is gone, unless it is one that must be there though empty."""
+        if path in self.layer.folders:
+            os.makedirs(os.path.join(self.root, path), exist_ok=True)
+            self._mark_folders(path)
+        else:
+            self.folders.pop(path, None)
+            self._unsettled.discard(path)
+
+    def _write(self, paths: List[bytes]) -> None:
+        """Write these files from the store or from their layer; a stream error leaves StoreDamaged.
+        """
+        tracked = []
+        for path in paths:
+            entry = self.expected[path]
+            os.makedirs(os.path.dirname(os.path.join(self.root, path)), exist_ok=True)
+            held = os.path.join(self.lfs_folder, entry.digest.hex())
+            if entry.mode == GITLINK:
+                os.makedirs(os.path.join(self.root, path), exist_ok=True)
+                self._mark_folders(path)
+            elif self.layer.entries.get(path) is entry:
+                self._copy(path, entry, self.layer.sources[path])
+            elif self.lfs_folder and os.path.exists(held):
+                self._copy(path, entry, os.fsencode(held))
+            else:
+                tracked.append(path)
+        out: List[Any] = []
+
+        def begin(index: int) -> Callable[[bytes], None]:
+            entry = self.expected[tracked[index]]
+            out[:] = [[]] if entry.mode == SYMLINK_MODE else [self._create(tracked[index], entry)]
+            return out[0].append if entry.mode == SYMLINK_MODE else out[0].write
+
+        def end(index: int, digest: bytes, size: int) -> None:
+            path = tracked[index]
+            entry = self.expected[path]
+            if entry.mode == SYMLINK_MODE:
+                os.symlink(b"".join(out[0]), os.path.join(self.root, path))
+            else:
+                out[0].close()
+            if digest != entry.digest:
+                raise StoreDamaged(f"store: {shown_path(path)} holds other bytes")
+            self._stamp(path)
+
+        try:
+            self.store.read_blobs([self.expected[path].oid for path in tracked], begin, end)
+        finally:
+            if out and hasattr(out[0], "close"):
+                out[0].close()
+        for path in paths:
+            self._mark_folders(os.path.dirname(path))
+
+    def _create(self, path: bytes, entry: Entry) -> Any:
+        mode = 0o755 if entry.mode == EXECUTABLE else 0o644
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(os.path.join(self.root, path), flags, mode)
+        os.fchmod(descriptor, mode)
+        return open(descriptor, "wb", buffering=0 if entry.size > CHUNK else -1)
+
+    def _copy(self, path: bytes, entry: Entry, source: bytes) -> None:
+        if entry.mode == SYMLINK_MODE:
+            os.symlink(os.readlink(source), os.path.join(self.root, path))
+        else:
+            with open(source, "rb") as held, self._create(path, entry) as stream:
+                shutil.copyfileobj(held, stream, CHUNK)
+        self._stamp(path)
+
+    def _stamp(self, path: bytes) -> None:
+        """Remember an entry as it is now; a folder gets its usual mode back."""
+        full = os.path.join(self.root, path)
+        status = os.lstat(full)
+        if stat.S_ISDIR(status.st_mode):
+            if stat.S_IMODE(status.st_mode) & 0o700 != 0o700:
+                os.chmod(full, 0o755)
+            self._mark_folders(path, only=True)
+        else:
+            self.stamps[path] = stamp_of(status)
+            self._latest = max(self._latest, status.st_ctime_ns)
+
+    def _mark_folders(self, folder: bytes, only: bool = False) -> None:
+        """Note that a folder (and, unless `only`, those above it) is ours and has changed."""
+        if only and folder not in self.folders:
+            return
+        while folder not in self._unsettled:
+            self._unsettled.add(folder)
+            self.folders.setdefault(folder, b"")
+            if only or not folder:
+                return
+            folder = os.path.dirname(folder)
+
+    def _settle(self) -> None:
+        """Stamp what changed, then wait for the file system's clock to move on.
+
+        Otherwise a write in the same tick could leave the stat signature as it is.
+        """
+        for folder in self._unsettled:
+            status = os.lstat(os.path.join(self.root, folder))
+            self.folders[folder] = stamp_of(status)
+            self._latest = max(self._latest, status.st_ctime_ns)
+        self._unsettled.clear()
+        if not self._latest:
+            return
+        with tempfile.TemporaryFile(dir=os.path.dirname(self.root)) as probe:
+            for _ in range(2000):
+                os.utime(probe.fileno())
+                if os.fstat(probe.fileno()).st_ctime_ns > self._latest:
+                    break
+                time.sleep(.0005)
+        self._latest = 0
+
+    def inspect(self, cap: int = CENSUS_CAP) -> List[Change]:
+        """Walk the tree and return every difference; raise CensusError when that can't be done."""
+        self.dirty = True
+        changes: List[Change] = []
+        seen: Set[bytes] = set()
+        created = 0
+        try:
+            root = os.lstat(self.root)
+        except OSError:
+            raise CensusError(Reason.CENSUS_FAILED) from None
+        if not stat.S_ISDIR(root.st_mode):
+            raise CensusError(Reason.CENSUS_FAILED)
+        if stamp_of(root) != self.folders.get(b""):
+            changes.append(Change("folder_touched", b"", root))
+        for path, status in scan(self.root):
+            known = self.expected.get(path)
+            folder = stat.S_ISDIR(status.st_mode)
+            if known is not None and stamp_of(status) == self.stamps.get(path):
+                seen.add(path)
+            elif known is not None and not (folder and known.mode == GITLINK):
+                seen.add(path)
+                changes.append(Change(self._kind(path, status, known), path, status))
+            elif folder and path in self.folders:
+                seen.add(path)
+                if stamp_of(status) != self.folders[path]:
+                    changes.append(Change("folder_touched", path, status))
+            elif not self._is_kept(path):
+                created += 1
+                changes.append(Change("folder_created" if folder else "created", path, status))
+                if created > cap:
+                    raise CensusError(Reason.TOO_MANY, path)
+        if len(seen) < len(self.expected) + len(self.folders) - 1:
+            changes += self._missing(seen)
+        self.found, self.dirty = changes, False
+        return changes
+
+    def _missing(self, seen: Set[bytes]) -> List[Change]:
+        changes = [Change("deleted", path, None) for path in self.expected if path not in seen]
+        changes += [Change("folder_deleted", path, None) for path in self.folders
+                    if path and path not in seen and path not in self.expected]
+        return changes
+
+    def _is_kept(self, path: bytes) -> bool:
+        return any(path == kept or path.startswith(kept + b"/") for kept in self.kept)
+
+    def _kind(self, path: bytes, status: os.stat_result, known: Entry) -> str:
+        """Say in what way an expected file with another stat signature differs."""
+        if stat.S_IFMT(status.st_mode) != stat.S_IFMT(known.mode):
+            return "retyped"
+        full = os.path.join(self.root, path)
+        try:
+            now = entry_of(full, status)
+        except PermissionError:
+            raise CensusError(Reason.UNREADABLE, path) from None
+        except OSError:
+            raise CensusError(Reason.CENSUS_FAILED, path) from None
+        if known.mode != SYMLINK_MODE:
+            if status.st_mode & (stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX):
+                return "set_id"
+            if status.st_nlink > 1:
+                return "hard_link"
+            if now.mode != known.mode:
+                return "mode"
+        return "touched" if now.digest == known.digest else "modified"
+
+
+class GitLayer:
+    """A throwaway repository with one commit, so that tools which ask git for something work."""
+
+    def __init__(self, store: Store, folder: str):
+        self.store, self.folder, self.tree = store, folder, ""
+        self.repo = dataclasses.replace(store.repo, git_dir=os.path.join(folder, ".git"), cwd=folder)
+        self.layer = Layer()
+
+    def update(self, tree: str) -> Layer:
+        """Return the layer whose one commit holds `tree`."""
+        if tree == self.tree:
+            return self.layer
+        objects = os.path.join(self.repo.git_dir, "objects")
+        if not self.tree:
+            os.makedirs(self.folder)
+            form = ["--object-format=sha256"] if len(tree) == 64 else []
+            self.repo.git("init", "--quiet", "--template=", *form)
+        listed = self.store.repo.git("rev-list", "--objects", tree, *(
+            [f"^{self.tree}"] if self.tree else []))
+        oids = b"".join(line.split(b" ")[0] + b"\n" for line in listed.splitlines())
+        self.store.repo.git("pack-objects", "--quiet", os.path.join(objects, "pack", "pack"),
+                            stdin=oids)
+        commit = Store(self.repo).commit(tree, "", "workspace\n", 0)
+        self.repo.git("update-ref", "refs/heads/workspace", commit)
+        self.repo.git("symbolic-ref", "HEAD", "refs/heads/workspace")
+        self.repo.git("read-tree", "HEAD")
+        root = os.fsencode(self.folder)
+        layer = Layer(folders={b".git"})
+        for path, status in scan(root, b".git"):
+            if stat.S_ISDIR(status.st_mode):
+                layer.folders.add(path)
+            else:
+                layer.entries[path] = entry_of(os.path.join(root, path), status)
+                layer.sources[path] = os.path.join(root, path)
+        layer.loose = set(layer.entries)
+        self.layer, self.tree = layer, tree
+        return layer
+
+
+# ══ census and seal ══════════════════════════════════════════════════════════════════════════════
+
+@dataclass(frozen=True)
+class Proposal:
+    """What an agent's turn comes to: edits in scope, or the first thing that it must not do."""
+
+    edits: Dict[bytes, Edit]
+    dropped: int
+    files: Tuple[str, ...]
+    violation: Optional[Reason] = None
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class CensusRules:
+    """What a census needs to know beside the tree: limits, scope, and which files are private."""
+
+    scope: Scope
+    max_change: int
+    max_files: int
+    ignored: Callable[[Sequence[bytes]], Set[bytes]]
+    private: Tuple[bytes, ...]      # .git and the memory file: thrown away or kept, never measured
+    hidden: FrozenSet[bytes] = frozenset()
+
+
+KIND_REASONS = {"modified": Reason.SEAL_MODIFIED, "deleted": Reason.SEAL_DELETED,
+                "retyped": Reason.SEAL_RETYPED, "mode": Reason.SEAL_MODE,
+                "set_id": Reason.SETID, "hard_link": Reason.HARDLINK}
+
+
+def take_census(tree: Tree, rules: CensusRules) -> Proposal:
+    """Read from the workspace itself what the agent did; a census that fails is a violation.
+
+    Files that the base's ignore rules cover, or `ignore` names, are dropped first, inside the
+    scope too. Anything else that is not an edit of regular files in scope rejects the whole turn.
+    """
+    try:
+        return _take_census(tree, rules)
+    except CensusError as error:
+        return Proposal({}, 0, (), error.reason, shown_path(error.path))
+
+
+def _take_census(tree: Tree, rules: CensusRules) -> Proposal:
+    changes = [change for change in tree.inspect() if not _is_private(change.path, rules.private)]
+    created = [change.path for change in changes if change.kind == "created"]
+    dropped = rules.ignored(created)
+    dropped |= {path for path in created if rules.scope.drops(path)}
+    changes = sorted((change for change in changes if change.path not in dropped
+                      and not change.kind.startswith("folder") and change.kind != "touched"),
+                     key=lambda change: change.path)
+    files = tuple(shown_path(change.path) for change in changes[:rules.max_files])
+    wrong = [(reason, change.path) for change in changes
+             for reason in [_violation(change, tree, rules)] if reason]
+    wrong += _case_twins(tree, [change.path for change in changes if change.kind == "created"])
+    if wrong:   # what touches the seal is said before what merely litters
+        reason, path = min(wrong, key=lambda row: not row[0].value.startswith("seal."))
+        return Proposal({}, len(dropped), files, reason, shown_path(path))
+    if len(changes) > rules.max_files:
+        raise CensusError(Reason.TOO_MANY, changes[rules.max_files].path)
+    return Proposal(read_edits(tree, changes, rules.max_change), len(dropped), files)
+
+
+def _is_private(path: bytes, private: Sequence[bytes]) -> bool:
+    return any(path == name or path.startswith(name + b"/") for name in private)
+
+
+def _violation(change: Change, tree: Tree, rules: CensusRules) -> Optional[Reason]:
+    """Return why a change may not be, or None for an edit of a regular file in scope."""
+    path, status = change.path, change.status
+    known = tree.expected.get(path)
+    if known is not None:
+        if path in tree.layer.entries or not rules.scope.holds(path):
+            return KIND_REASONS[change.kind]
+        if change.kind in ("set_id", "hard_link"):
+            return KIND_REASONS[change.kind]
+        if known.mode in (SYMLINK_MODE, GITLINK) and change.kind != "deleted":
+            return Reason.SYMLINK if known.mode == SYMLINK_MODE else Reason.GITLINK
+        if status is None or stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):
+            return None
+        return Reason.SYMLINK if stat.S_ISLNK(status.st_mode) else Reason.SPECIAL
+    return _violation_of_new(path, status, rules)  # type: ignore[arg-type]
+
+
+def _violation_of_new(path: bytes, status: os.stat_result, rules: CensusRules) -> Optional[Reason]:
+    name = path.decode("utf-8", "replace")
+    parts = [part.lower() for part in name.split("/")]
+    ladder = [
+        (not name.isprintable() or "\ufffd" in name, Reason.CONTROL),
+        (".git" in parts, Reason.GITLINK),
+        (stat.S_ISLNK(status.st_mode), Reason.SYMLINK),
+        (not stat.S_ISREG(status.st_mode), Reason.SPECIAL),
+        (path in rules.hidden or rules.scope.seals(path), Reason.SEAL_CREATED),
+        (rules.scope.holds(path), None),
+        (any(part.startswith(".git") for part in parts), Reason.GIT_FILE),
+        (True, Reason.SCOPE_CREATED),
+    ]
+    reason = next(reason for applies, reason in ladder if applies)
+    if reason is None and status.st_mode & (stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX):
+        return Reason.SETID
+    if reason is None and status.st_nlink > 1:
+        return Reason.HARDLINK
+    return reason
+
+
+def _case_twins(tree: Tree, created: Sequence[bytes]) -> List[Tuple[Reason, bytes]]:
+    """Return new paths that another file system would take for one that exists.
+
+    Compared in NFC and case-folded, folder by folder: `Src/a` is a twin of the folder `src`.
+    """
+    def fold(path: bytes) -> str:
+        return unicodedata.normalize("NFC", decoded(path)).casefold()
+
+    if not created:
+        return []
+    names: Dict[str, bytes] = {}
+    for path in created:
+        while path:
+            if names.setdefault(fold(path), path) != path:
+                return [(Reason.TWIN, path)]
+            path = os.path.dirname(path)
+    for known in (tree.expected, tree.folders):
+        for path in known:
+            if names.get(fold(path), path) != path:
+                return [(Reason.TWIN, names[fold(path)])]
+    return []
+
+
+def read_edits(tree: Tree, changes: Sequence[Change], most: int) -> Dict[bytes, Edit]:
+    """Read the new bytes of changed files; raise CensusError past `most` bytes in all."""
+    edits: Dict[bytes, Edit] = {}
+    total = 0
+    for change in changes:
+        status = change.status
+        if status is None or stat.S_ISDIR(status.st_mode):
+            edits[change.path] = Edit(0, None)
+            continue
+        total += status.st_size
+        if total > most:
+            raise CensusError(Reason.OVERSIZE, change.path)
+        try:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            with open(os.open(os.path.join(tree.root, change.path), flags), "rb") as stream:
+                data = stream.read(most + 1)
+        except PermissionError:
+            raise CensusError(Reason.UNREADABLE, change.path) from None
+        except OSError:
+            raise CensusError(Reason.CENSUS_FAILED, change.path) from None
+        mode = EXECUTABLE if status.st_mode & 0o100 else PLAIN
+        edits[change.path] = Edit(mode, data)
+    return edits
+
+
+def apply_edits(manifest: Manifest, edits: Dict[bytes, Edit], oid_of: Callable[[bytes], str]
+                ) -> Manifest:
+    """Return the manifest of a candidate."""
+    result = dict(manifest)
+    for path, edit in edits.items():
+        if edit.data is None:
+            result.pop(path, None)
+        else:
+            result[path] = Entry(edit.mode, oid_of(edit.data),
+                                 hashlib.sha256(edit.data).digest(), len(edit.data))
+    return result
+
+
+class OutsideSeal:
+    """Files anywhere on the machine that must not change: `seal` paths, programs, interpreters.
+
+    Raises Refused when one can't be read. `check` is cheap: it hashes again only what the stat
+    signature says was touched.
+    """
+
+    def __init__(self, paths: Iterable[str]):
+        self.entries: Manifest = {}
+        self.stamps: Dict[bytes, bytes] = {}
+        for text in sorted(set(paths)):
+            root = os.fsencode(os.path.realpath(os.path.expanduser(text)))
+            try:
+                status = os.lstat(root)
+                rows = [(root, status)] if not stat.S_ISDIR(status.st_mode) else [
+                    (os.path.join(root, path), status) for path, status in scan(root)
+                    if not stat.S_ISDIR(status.st_mode)]
+                for path, status in rows:
+                    self.entries[path] = entry_of(path, status)
+                    self.stamps[path] = stamp_of(status)
+            except (OSError, CensusError) as error:
+                raise Refused(f"seal: {text} can't be hashed ({error}); name files that exist and "
+                              "can be read") from None
+
+    @property
+    def root(self) -> str:
+        """Return one digest over all of them."""
+        return manifest_root(self.entries.items())
+
+    def check(self) -> Optional[Tuple[Reason, str]]:
+        """Return the first path that was changed, or touched and put back, since the last look."""
+        found = None
+        for path, entry in self.entries.items():
+            try:
+                status = os.lstat(path)
+                if stamp_of(status) == self.stamps[path]:
+                    continue
+                same = entry_of(path, status) == entry
+            except OSError:
+                same = False
+            if not same:
+                return Reason.SEAL_MODIFIED, shown_path(path)
+            self.stamps[path] = stamp_of(status)
+            found = found or (Reason.SEAL_TOUCHED, shown_path(path))
+        return found
+
+
+# ══ metric ═══════════════════════════════════════════════════════════════════════════════════════
+
+METRIC_LINE = re.compile(rb"^METRIC[ \t](.*)$", re.MULTILINE)
+METRIC_BODY = re.compile(rb"[ \t]*([^\s=]{1,100})[ \t]*=[ \t]*(\S{1,400})[ \t]*\r?")
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """What to run for one number (or, without `numeric`, for an exit status of 0)."""
+
+    key: str                            # metric, holdout or guard.NAME
+    command: Tuple[str, ...]
+    timeout: float
+    produce: Tuple[str, ...] = ()
+    outputs: Tuple[Tuple[str, ...], ...] = ()
+    name: str = ""
+    pattern: str = ""
+    bounds: Tuple[Optional[float], Optional[float]] = (None, None)
+    numeric: bool = True
+
+    @property
+    def finder(self) -> Optional[Pattern[bytes]]:
+        """Return the expression that finds the number's line."""
+        if not self.numeric:
+            return None
+        return re.compile(self.pattern.encode(), re.MULTILINE) if self.pattern else METRIC_LINE
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One run: a finite number within bounds, or the reason why there is none."""
+
+    value: Optional[float]
+    reason: Optional[Reason] = None
+    detail: str = ""
+    seconds: float = 0.0
+    name: str = ""
+    others: Tuple[Tuple[str, float], ...] = ()
+    tail: str = ""                      # the end of the output, for a rework prompt
+
+    @property
+    def integrity(self) -> bool:
+        """Tell whether something sealed was touched: that counts before any number."""
+        return self.reason is not None and self.reason.value.startswith(("seal.", "census."))
+
+
+def metric_gauge(config: Config) -> Gauge:
+    """Return the gauge of `[metric]`."""
+    metric = config.metric
+    return Gauge("metric", metric.command, metric.timeout, metric.produce,
+                 tuple(map(split_glob, metric.outputs)), metric.name, metric.pattern, metric.bounds)
+
+
+def holdout_gauge(config: Config) -> Optional[Gauge]:
+    """Return the gauge of `[holdout]`, if there is one."""
+    holdout = config.holdout
+    return Gauge("holdout", holdout.command, holdout.timeout, name=holdout.name,
+                 pattern=holdout.pattern, bounds=holdout.bounds) if holdout.command else None
+
+
+def guard_gauge(guard: GuardOptions) -> Gauge:
+    """Return the gauge of a guard."""
+    return Gauge(f"guard.{guard.name}", guard.command, guard.timeout, pattern=guard.pattern,
+                 numeric=bool(guard.pattern))
+
+
+def read_number(gauge: Gauge, matches: Sequence[Tuple[bytes, ...]]) -> Measurement:
+    """Turn the matching lines of a run into one number; two of them are never a number."""
+    if gauge.pattern:
+        rows = [(b"metric", match[1]) for match in matches]
+    else:
+        bodies = [METRIC_BODY.fullmatch(match[1]) for match in matches]
+        if not all(bodies):
+            return Measurement(None, Reason.METRIC_MALFORMED, "a METRIC line is not name=number")
+        rows = [(body[1], body[2]) for body in bodies if body]
+    wanted = [row for row in rows if not gauge.name or row[0].decode("utf-8", "replace")
+              == gauge.name]
+    if not wanted:
+        return Measurement(None, Reason.METRIC_MISSING, "printed no " + (
+            "match of pattern" if gauge.pattern else f"METRIC {gauge.name or 'name'}=number line"))
+    if len(wanted) > 1:
+        return Measurement(None, Reason.METRIC_AMBIGUOUS, f"printed {len(wanted)} METRIC lines, "
+                           "expected exactly one")
+    label, text = wanted[0]
+    shown = printable(text.decode("utf-8", "replace"), 40)
+    value = strict_number(text)
+    if value is None:
+        reason = Reason.METRIC_NOT_FINITE if text.lower().lstrip(b"+-") in (
+            b"nan", b"inf", b"infinity") else Reason.METRIC_MALFORMED
+        return Measurement(None, reason, f"{shown} is not a finite decimal number")
+    if not math.isfinite(value):
+        return Measurement(None, Reason.METRIC_NOT_FINITE, f"{shown} is not finite")
+    low, high = gauge.bounds
+    if (low is not None and value < low) or (high is not None and value > high):
+        return Measurement(None, Reason.METRIC_OUT_OF_BOUNDS, f"{shown} is out of bounds")
+    others = tuple((printable(name.decode("utf-8", "replace"), 60), number)
+                   for name, raw in rows if (name, raw) != wanted[0]
+                   for number in [strict_number(raw)]
+                   if number is not None and math.isfinite(number))
+    return Measurement(value, name=printable(label.decode("utf-8", "replace"), 60), others=others)
+
+
+@dataclass(frozen=True)
+class MetricSetting:
+    """What every run of a metric, guard or holdout shares."""
+
+    config: Config
+    scope: Scope
+    top: bytes                          # folder of loop.ini below the tree's root
+    env: Dict[str, str]
+    fence: Callable[[Sequence[str], str], "Fence"]  # (writable paths, gauge key) -> fence
+    outside: OutsideSeal
+    watch: Watch
+    allowed: Dict[str, Set[bytes]]      # folders that the baseline's own run touches, per command
+    base_folders: Set[bytes]
+    log: Callable[[str, Capture, str], None]
+
+
+class Cleanroom:
+    """Where a tree is measured: pristine before every command, inspected after it."""
+
+    def __init__(self, setting: MetricSetting, tree: Tree, scorer: Optional[Tree], tmp: str,
+                 git_layer: Optional[GitLayer]):
+        self.setting, self.tree, self.scorer, self.tmp = setting, tree, scorer, tmp
+        self.git_layer, self.base_layer = git_layer, tree.layer
+        self.learning = False           # the baseline teaches which folders a run touches
+
+    def measure(self, gauge: Gauge, manifest: Manifest, seed: int) -> Measurement:
+        """Run a gauge on a tree; integrity comes before timeouts, exits and numbers."""
+        tree, seconds, outputs = self.tree, 0.0, []
+        if gauge.produce:
+            made, _ = self._run(gauge, f"{gauge.key}.produce", gauge.produce, tree, manifest, seed)
+            if made.reason:
+                return made
+            seconds, outputs = made.seconds, self._outputs(gauge, tree)
+            if not outputs:
+                return Measurement(None, Reason.METRIC_NO_OUTPUT, "produce left no file that "
+                                   "outputs names", seconds)
+            tree = self.scorer or tree
+        done, found = self._run(gauge, gauge.key, gauge.command, tree, manifest, seed, outputs)
+        seconds += done.seconds
+        if done.reason or not gauge.numeric:
+            return dataclasses.replace(done, seconds=seconds)
+        return dataclasses.replace(read_number(gauge, found), seconds=seconds, tail=done.tail)
+
+    def _run(self, gauge: Gauge, key: str, command: Tuple[str, ...], tree: Tree, manifest: Manifest,
+             seed: int, outputs: Sequence[Tuple[bytes, bytes]] = ()
+             ) -> Tuple[Measurement, List[Tuple[bytes, ...]]]:
+        """Run one command in a pristine tree and inspect it; the value is not read yet."""
+        setting = self.setting
+        tree.make_pristine(manifest)
+        if outputs:
+            tree.add_files(outputs)
+        tree.dirty = True
+        before = setting.outside.check()
+        capture = Capture(gauge.finder)
+        cwd = os.path.join(os.fsdecode(tree.root), os.fsdecode(setting.top))
+        with tempfile.TemporaryDirectory(dir=self.tmp) as scratch:
+            env = {**setting.env, "SCALARLOOP_SEED": str(seed), "TMPDIR": scratch,
+                   "XDG_CACHE_HOME": os.path.join(scratch, "cache")}
+            if setting.config.metric.home == "private":
+                env["HOME"] = os.path.join(scratch, "home")
+                os.mkdir(env["HOME"])
+            argv = with_runner(setting.config.metric.runner, resolve_command(command, cwd),
+                               {"cleanroom": os.fsdecode(tree.root), "cwd": cwd, "tmp": scratch})
+            fence = setting.fence([os.fsdecode(tree.root), scratch], gauge.key)
+            ended = run_fenced(fence, argv, cwd=cwd, env=env, sink=capture,
+                               timeout=gauge.timeout, watch=setting.watch)
+        capture.finish()
+        setting.log(key, capture, ended.describe())
+        setting.watch.check()
+        tampered = before or self._tampered(tree, key) or setting.outside.check()
+        tail = capture.log()[-4000:].decode("utf-8", "replace")
+        return self._judge_end(gauge, ended, tampered, tail), capture.matches
+
+    def _judge_end(self, gauge: Gauge, ended: Ended, tampered: Optional[Tuple[Reason, str]],
+                   tail: str) -> Measurement:
+        numeric = gauge.numeric
+        if tampered:
+            return Measurement(None, tampered[0], tampered[1], ended.seconds)
+        if ended.timed_out:
+            reason = Reason.METRIC_TIMEOUT if numeric else Reason.GUARD_TIMEOUT
+            return Measurement(None, reason, ended.describe(), ended.seconds, tail=tail)
+        if ended.status != 0:
+            reason = Reason.METRIC_EXIT if numeric else Reason.GUARD_EXIT
+            return Measurement(None, reason, ended.describe(), ended.seconds, tail=tail)
+        return Measurement(None, None, "", ended.seconds, tail=tail)
+
+    def use_git(self, tree: str) -> None:
+        """Give both trees a one-commit .git of what is measured (`git = yes`)."""
+        if self.git_layer and tree != self.git_layer.tree:
+            layer = Layer()
+            layer.add(self.base_layer)
+            layer.add(self.git_layer.update(tree))
+            for place in (self.tree, self.scorer):
+                if place:
+                    place.set_layer(layer)
+
+    def _tampered(self, tree: Tree, key: str) -> Optional[Tuple[Reason, str]]:
+        """Return what the run did to a tracked or shared file, or to a folder it has no business in.
+
+        A stat signature that differs is enough: bytes that were put back had been away.
+        """
+        allowed = self.setting.allowed.setdefault(key, set())
+        try:
+            changes = tree.inspect(cap=10_000_000)
+        except CensusError as error:
+            return error.reason, shown_path(error.path)
+        for change in changes:
+            if change.kind in ("folder_touched", "folder_deleted"):
+                if self.learning and change.kind == "folder_touched":
+                    allowed.add(change.path)
+                elif change.path in self.setting.base_folders and change.path not in allowed:
+                    return Reason.SEAL_TOUCHED, shown_path(change.path) + "/"
+            elif change.kind not in ("created", "folder_created") \
+                    and change.path not in tree.layer.loose:
+                return Reason.SEAL_TOUCHED, shown_path(change.path)
+        return None
+
+    def _outputs(self, gauge: Gauge, tree: Tree) -> List[Tuple[bytes, bytes]]:
+        """Return (absolute source, path) of the regular files that `outputs` names."""
+        found = []
+        for change in tree.found:
+            inside = change.path.startswith(self.setting.scope.prefix)
+            parts = decoded(change.path[len(self.setting.scope.prefix):]).split("/")
+            if change.kind == "created" and change.status and stat.S_ISREG(change.status.st_mode) \
+                    and inside and any(segments_match(parts, glob) for glob in gauge.outputs):
+                found.append((os.path.join(tree.root, change.path), change.path))
+        return found
+
+
+def resolve_command(command: Sequence[str], cwd: str) -> List[str]:
+    """Return argv with an absolute program; one named by a relative path is looked up in `cwd`."""
+    program = os.path.expanduser(command[0])
+    if os.sep in program:
+        found: Optional[str] = os.path.join(cwd, program)
+    else:
+        found = shutil.which(program, path=search_path())
+    return [found or program, *command[1:]]
+
+
+def with_runner(runner: Sequence[str], argv: List[str], places: Dict[str, str]) -> List[str]:
+    """Put the user's own isolating prefix before a command, its placeholders filled."""
+    prefix = [functools.reduce(lambda text, item: text.replace("{%s}" % item[0], item[1]),
+                               places.items(), word) for word in runner]
+    return resolve_command(prefix, places["cwd"]) + argv if prefix else argv
+
+
+# ══ decision ═════════════════════════════════════════════════════════════════════════════════════
+# Pure: numbers in, a judgement out; lower is better. One run screens a candidate and is thrown
+# away; fresh pairs then bet on it. The trial's coin orders each pair, so when the candidate is no
+# better a stake is as often up as down, whatever the noise: the odds are a supermartingale, reach
+# 1/alpha with probability <= alpha (Ville), and a run's alphas add up to risk * (1 + keeps).
+# Pairwise betting: Saha and Ramdas, arXiv 2310.14293. Alpha investing: Foster and Stine 2008.
+
+REFERENCE_RUNS = 9  # the incumbent's level is the median of its last runs
+DIFFERENCES = 60  # |successive differences| of like runs, from which sigma comes
+AGENT_TURNS, METRIC_RUNS = 20, 60  # what a proposal and a run cost is a median over the last ones
+REFRESH_EVERY = 8  # candidates judged on one incumbent run
+NOISE_RUNS = 5  # incumbent runs when a metric that looked exact turns out noisy
+DUEL_PAIRS = 24  # at q = 1; more when proposals are dear
+LARGEST_ALPHA, GATE_ALPHA = 1 / 8, 0.05  # of a duel for a keep; of a guard's or the canary's
+CONSTANT_TREES = 10  # so many trees with the baseline's own number: the metric looks constant
+NEARLY = 1 - 1e-9  # odds that end on what is needed may miss it by rounding
+
+Pair = Tuple[Optional[float], Optional[float]]  # incumbent, candidate; None: a run that failed
+
+
+@dataclass(frozen=True)
+class NoiseRules:
+    """Hold what loop.ini says; risk is 1 - confidence, None for the single-run rule."""
+
+    min_gain: Gain = Gain(0.0, False)
+    max_gain: Optional[Gain] = None
+    risk: Optional[float] = 0.2
+    samples: Optional[int] = None  # caps a duel's pairs
+
+
+@dataclass(frozen=True)
+class NoiseState:
+    """Hold what the rule remembers: the fold of `advance_noise` over the ledger, no more."""
+
+    exact: bool = False  # so far like runs gave like numbers
+    reference: Tuple[float, ...] = ()  # the incumbent's last runs
+    differences: Tuple[float, ...] = ()
+    agent_seconds: Tuple[float, ...] = ()
+    metric_seconds: Tuple[float, ...] = ()
+    keeps: int = 0  # won by duel: an exact keep earns no risk
+    spent: float = 0.0  # alpha of all duels begun
+    lost: int = 0  # duels begun since the last one won
+    since_incumbent: int = 0  # candidates since the incumbent last ran
+    alike: Optional[int] = 0  # trees with the baseline's own number; None once a run differed
+    open_duel: Optional[str] = None  # a tree whose duel began; at a resume it is lost, and paid
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Fix, before the first pair, all that a duel depends on; scale and gain in metric units."""
+
+    alpha: float
+    scale: float
+    q: float = 1.0
+    gain: float = 0.0
+    pairs: int = DUEL_PAIRS
+
+    @property
+    def need(self) -> float:
+        """Return the odds that win."""
+        return 1 / self.alpha if self.alpha else math.inf
+
+    @property
+    def winnable(self) -> bool:
+        """Tell whether winning every pair is enough: a small `samples` can forbid it."""
+        return 2.0 ** min(self.pairs, 1000) >= self.need * NEARLY
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Tell how a duel ended and by which pairs; BETTER means won."""
+
+    outcome: Reason
+    odds: float
+    pairs: Tuple[Pair, ...]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Say how a candidate fared, the number to report, the raw runs and the evidence in words."""
+
+    outcome: Reason
+    value: Optional[float]
+    samples: Dict[str, List[Any]]  # JSON: candidate and incumbent runs, pairs
+    evidence: str
+    unproven: bool = False  # kept by the single-run rule
+
+
+class Trial(Protocol):
+    """Run what a judgement asks for; the incumbent failing twice raises, nothing else does."""
+
+    def candidate(self) -> Optional[float]:
+        """Return a fresh run's number, None if it failed."""
+
+    def incumbent(self) -> float:
+        """Return a fresh run's number."""
+
+    def pair(self) -> Tuple[float, Optional[float]]:
+        """Run both, a fair coin deciding order and room, under one fresh seed."""
+
+    def guards_hold(self) -> bool:
+        """Tell whether a would-be keep may be kept at all; asked once."""
+
+    def announce(self, event: Dict[str, Any]) -> None:
+        """Append the event (to a `duel`: the tree) to the ledger before it is acted on."""
+
+    def out_of_time(self) -> bool:
+        """Tell whether the budget has no room for another pair."""
+
+
+def turned(numbers: Any, sign: float) -> Any:
+    """Return nested samples, or a state's reference, negated when sign is -1 (and no -0.0)."""
+    if isinstance(numbers, dict):
+        return {key: turned(value, sign) for key, value in numbers.items()}
+    if isinstance(numbers, (list, tuple)):
+        return type(numbers)(turned(value, sign) for value in numbers)
+    return None if numbers is None else sign * numbers + 0.0
+
+
+def median(runs: Sequence[float]) -> float:
+    """Return the middle of one or more finite numbers, without overflow."""
+    ordered = sorted(runs)
+    low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
+    middle = (low + high) / 2
+    return middle if math.isfinite(middle) else low / 2 + high / 2
+
+
+def sigma(differences: Sequence[float]) -> float:
+    """Estimate one run's spread from |successive differences|: blind to drift, finite, never 0."""
+    largest = max(differences, default=0.0)
+    if not largest:
+        return TINIEST
+    spread = 1.05 * median(differences)  # |a - b| of normal runs has the median 0.954 sigma
+    if not spread:  # most runs agree: quantised noise
+        squares = sum((step / largest) ** 2 for step in differences)
+        spread = largest * math.sqrt(squares / (2 * len(differences)))
+    return min(max(spread, TINIEST), LARGEST)
+
+
+def effort(state: NoiseState) -> Tuple[float, float]:
+    """Return r, a proposal's cost in metric runs (0 to 100), and q = (1 + r)^-0.2."""
+    r = 0.0
+    if state.agent_seconds and state.metric_seconds:
+        seconds = max(median(state.metric_seconds), TINIEST)
+        r = min(max(median(state.agent_seconds) / seconds, 0.0), 100.0)
+    return r, (1 + r) ** -0.2
+
+
+def screen_threshold(state: NoiseState, rules: NoiseRules, gain: float) -> float:
+    """Return what the first run must be below: lower when proposals are free, higher when dear."""
+    level = median(state.reference) - gain
+    if state.exact or rules.risk is None:
+        return level
+    return level - (3 * effort(state)[1] - 2.25) * sigma(state.differences)
+
+
+def alpha_left(state: NoiseState, risk: float) -> float:
+    """Return what the account still holds."""
+    return risk * (1 + state.keeps) - state.spent
+
+
+def next_alpha(state: NoiseState, risk: float) -> float:
+    """Return the next duel's price; however many are lost, the prices never exceed the account."""
+    return max(0.0, min(LARGEST_ALPHA, alpha_left(state, risk) / (state.lost + 3)))
+
+
+def plan_duel(state: NoiseState, rules: NoiseRules, gain: float) -> Plan:
+    """Fix the next duel from what is known before it."""
+    q = effort(state)[1]
+    pairs = min(round(DUEL_PAIRS / q ** 2), rules.samples or sys.maxsize)
+    alpha = next_alpha(state, rules.risk or 0.0)
+    return Plan(alpha, sigma(state.differences), q, gain, pairs)
+
+
+def fight_duel(plan: Plan, pair: Callable[[], Pair], out_of_time: Callable[[], bool]) -> Duel:
+    """Bet that the second of each pair is lower by more than plan.gain, until the odds decide.
+
+    Won wrongly with probability <= alpha when a coin orders each pair: any noise, any stop.
+    """
+    odds, enough, pairs = 1.0, plan.need * NEARLY, []
+    for left in reversed(range(plan.pairs)):
+        if out_of_time():
+            break
+        first, second = pair()
+        pairs.append((first, second))
+        if first is None or second is None:
+            return Duel(Reason.NOISE_FAILED, odds, tuple(pairs))
+        limit = plan.need / odds - 1  # a win pays what is needed; more would be wasted
+        stake = math.tanh(0.75 * plan.q * (first - second - plan.gain) / plan.scale)
+        odds *= 1 + max(-limit, min(limit, stake))
+        if odds >= enough:
+            return Duel(Reason.BETTER, odds, tuple(pairs))
+        if odds < plan.q / 2:
+            return Duel(Reason.NOISE_LOST, odds, tuple(pairs))
+        if odds * 2.0 ** left < enough:
+            break
+    return Duel(Reason.NOISE_UNDECIDED, odds, tuple(pairs))
+
+
+def judge(state: NoiseState, rules: NoiseRules, trial: Trial) -> Judgement:
+    """Decide about one candidate: screen, guards, then exact confirmation or duel.
+
+    Leaves the state alone: the caller folds what was announced, then the iteration's record.
+    """
+    due = not state.exact and rules.risk is not None and state.since_incumbent >= REFRESH_EVERY
+    fresh = [trial.incumbent()] if due else []
+    samples: Dict[str, List[Any]] = {"candidate": [], "incumbent": fresh, "pairs": []}
+    state = _see_incumbent(state, fresh)
+    screen = trial.candidate()
+    if screen is None:
+        return Judgement(Reason.METRIC_MISSING, None, samples, "no number")
+    samples["candidate"].append(screen)
+    reference = median(state.reference)
+    gain = rules.min_gain.over(reference)
+    below = screen_threshold(state, rules, gain)
+    evidence = f"one run {screen:.6g}, reference {reference:.6g}, needed below {below:.6g}"
+    if _is_implausible(rules, reference, screen):
+        return Judgement(Reason.IMPLAUSIBLE, screen, samples, evidence + ", gain beyond max_gain")
+    if not screen < below:
+        exact = state.exact or rules.risk is None
+        outcome = Reason.NOT_BETTER if exact else Reason.NOISE_NOT_BETTER
+        return Judgement(outcome, screen, samples, evidence)
+    if not trial.guards_hold():
+        return Judgement(Reason.GUARD_EXIT, screen, samples, evidence)
+    if rules.risk is None:
+        return Judgement(Reason.BETTER, screen, samples, evidence, unproven=True)
+    if state.exact:
+        return _judge_exactly(state, rules, trial, samples, gain)
+    return _judge_by_duel(state, rules, trial, samples, gain)
+
+
+def _is_implausible(rules: NoiseRules, reference: float, value: float) -> bool:
+    return rules.max_gain is not None and reference - value > rules.max_gain.over(reference)
+
+
+def _judge_exactly(
+    state: NoiseState, rules: NoiseRules, trial: Trial, samples: Dict[str, List[Any]], gain: float
+) -> Judgement:
+    """Keep if candidate and incumbent repeat their numbers; else the metric is noisy after all."""
+    screen, again = samples["candidate"][0], trial.candidate()
+    if again is None:
+        return Judgement(Reason.NOISE_UNCONFIRMED, screen, samples, "a number once, then none")
+    samples["candidate"].append(again)
+    samples["incumbent"].append(trial.incumbent())
+    if again == screen and samples["incumbent"][0] == state.reference[-1]:
+        return Judgement(Reason.BETTER, screen, samples, "exact: both numbers came twice")
+    samples["incumbent"] += [trial.incumbent() for _ in range(NOISE_RUNS)]
+    event = {"type": "noise", "samples": samples}  # a record of its own: not in the iteration's
+    trial.announce(event)
+    samples = {"candidate": [], "incumbent": [], "pairs": []}
+    return _judge_by_duel(advance_noise(state, event), rules, trial, samples, gain)
+
+
+def _judge_by_duel(
+    state: NoiseState, rules: NoiseRules, trial: Trial, samples: Dict[str, List[Any]], gain: float
+) -> Judgement:
+    """Keep the winner of a duel that was announced, and so paid for, before its first pair."""
+    plan = plan_duel(state, rules, gain)
+    screen = samples["candidate"][0] if samples["candidate"] else None
+    if trial.out_of_time() or not plan.winnable:
+        evidence = f"no time, or {plan.pairs} pairs too few for odds of {plan.need:.3g}"
+        return Judgement(Reason.NOISE_UNDECIDED, screen, samples, evidence)
+    event = {"type": "duel", **asdict(plan)}
+    trial.announce(event)
+    duel = fight_duel(plan, trial.pair, trial.out_of_time)
+    samples = {**samples, "pairs": [list(pair) for pair in duel.pairs]}
+    left = alpha_left(advance_noise(state, event), rules.risk or 0.0)
+    evidence = (f"{len(duel.pairs)} pairs, odds {duel.odds:.3g} of {plan.need:.3g} needed, "
+                f"alpha left {left:.2g}")
+    runs = [second for _, second in duel.pairs if second is not None]
+    value = median(runs) if runs else screen
+    if duel.outcome is Reason.BETTER:
+        if _is_implausible(rules, median([first for first, _ in duel.pairs]), value):
+            evidence += ", gain beyond max_gain"
+            return Judgement(Reason.IMPLAUSIBLE, value, samples, evidence)
+    return Judgement(duel.outcome, value, samples, evidence)
+
+
+def advance_noise(state: NoiseState, event: Mapping[str, Any]) -> NoiseState:
+    """Fold one ledger record into the state: the only way it changes, live and at a resume."""
+    if "agent_seconds" in event or "metric_seconds" in event:
+        agent, metric = event.get("agent_seconds", ()), event.get("metric_seconds", ())
+        state = replace(
+            state, agent_seconds=(state.agent_seconds + tuple(agent))[-AGENT_TURNS:],
+            metric_seconds=(state.metric_seconds + tuple(metric))[-METRIC_RUNS:])
+    if event["type"] == "baseline":
+        exact = baseline_is_complete(event["samples"]) and len(set(event["samples"])) == 1
+        state = replace(state, exact=exact, alike=0 if exact else None)
+        return _see_incumbent(state, event["samples"])
+    if event["type"] == "noise":
+        return _leave_exact(state, event["samples"])
+    if event["type"] == "duel":
+        paid = replace(state, spent=state.spent + event["alpha"], lost=state.lost + 1)
+        return replace(paid, open_duel=event.get("tree", ""))
+    return _see_iteration(state, event) if event["type"] == "iteration" else state
+
+
+def baseline_is_complete(runs: Sequence[float]) -> bool:
+    """Tell whether three runs agree, or five were made."""
+    return len(runs) >= (3 if len(set(runs)) == 1 else 5)
+
+
+def _steps(runs: Sequence[float]) -> List[float]:
+    return [min(abs(after - before), LARGEST) for before, after in zip(runs, runs[1:])]
+
+
+def _see_incumbent(state: NoiseState, runs: Sequence[float]) -> NoiseState:
+    if not runs:
+        return state
+    steps = _steps((*state.reference[-1:], *runs))
+    return replace(
+        state, reference=(*state.reference, *runs)[-REFERENCE_RUNS:], since_incumbent=0,
+        differences=(*state.differences, *steps)[-DIFFERENCES:])
+
+
+def _leave_exact(state: NoiseState, samples: Mapping[str, Any]) -> NoiseState:
+    """Start anew: no exact zero may dilute sigma, no exact number stand as the reference."""
+    runs = samples["incumbent"]
+    steps = _steps((state.reference[-1], *runs)) + _steps(samples["candidate"])
+    return NoiseState(
+        reference=tuple(runs[-NOISE_RUNS:]), differences=tuple(steps), alike=None,
+        agent_seconds=state.agent_seconds, metric_seconds=state.metric_seconds)
+
+
+def _see_iteration(state: NoiseState, event: Mapping[str, Any]) -> NoiseState:
+    """Add an iteration's raw runs; a winner's become the reference."""
+    samples = event.get("samples") or {}
+    singles, pairs = samples.get("candidate", ()), samples.get("pairs", ())
+    alike = state.alike
+    if singles and alike is not None:
+        alike = alike + 1 if set(singles) == {state.reference[-1]} else None
+    state = _see_incumbent(state, samples.get("incumbent", ()))
+    since = state.since_incumbent + bool(singles)
+    state = replace(state, alike=alike, since_incumbent=since, open_duel=None)
+    rivals = [second for _, second in pairs if second is not None]
+    if pairs:
+        half = DIFFERENCES // 2  # neither tree's noise alone decides the next sigma
+        steps = _steps((*state.reference[-1:], *(first for first, _ in pairs)))[-half:]
+        both = (*state.differences, *steps, *_steps(rivals)[-half:])[-DIFFERENCES:]
+        state = _see_incumbent(state, [first for first, _ in pairs])
+        state = replace(state, differences=both)
+    if event["verdict"] != "keep":
+        return state
+    state = replace(state, reference=tuple(rivals or singles)[-REFERENCE_RUNS:])
+    return replace(state, keeps=state.keeps + 1, lost=0) if pairs else state
+
+
+def looks_constant(state: NoiseState) -> bool:
+    """Tell whether enough trees ran and none ever gave another number than the baseline."""
+    return state.alike is not None and state.alike >= CONSTANT_TREES
+
+
+def worse_duel(
+    pair: Callable[[], Pair], baseline: Sequence[float], tolerance: float,
+    out_of_time: Callable[[], bool],
+) -> Duel:
+    """Bet that the second tree is worse by more than the tolerance; won wrongly with p <= 0.05.
+
+    The baseline's runs of that metric give the scale. A metric guard fails if this is won or the
+    candidate fails; a canary (tolerance 0) must win it, else the metric is blind.
+    """
+    def swapped() -> Pair:
+        first, second = pair()
+        return second, first
+
+    plan = Plan(GATE_ALPHA, sigma(_steps(baseline)), gain=tolerance)
+    duel = fight_duel(plan, swapped, out_of_time)
+    return replace(duel, pairs=tuple((first, second) for second, first in duel.pairs))
+
+
+@dataclass(frozen=True)
+class ClosingGain:
+    """Report what a run won: the median gain of fresh pairs, and an interval around it."""
+
+    median: float
+    low: float
+    high: float
+    pairs: int
+
+
+def closing_gain(pairs: Sequence[Tuple[float, float]]) -> ClosingGain:
+    """Compare baseline and best by pairs that decided nothing.
+
+    From 5 pairs on, the interval covers the true median in 15 of 16 cases, whatever the noise.
+    """
+    gains = sorted(max(-LARGEST, min(LARGEST, first - second)) for first, second in pairs)
+    cut, outside = 0, 1  # order statistics: `outside` of 2^n signs would leave the median out
+    while 32 * (outside + math.comb(len(gains), cut + 1)) <= 2 ** len(gains):
+        cut += 1
+        outside += math.comb(len(gains), cut)
+    return ClosingGain(median(gains), gains[cut], gains[-1 - cut], len(gains))
+
+
+# ══ ledger ═══════════════════════════════════════════════════════════════════════════════════════
+
+Record = Dict[str, Any]
+FIRST_PREV = "0" * 64
+
+
+def canonical(record: Record) -> bytes:
+    """Return the one form of a record: ASCII JSON, sorted keys, no blanks, no NaN."""
+    return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=True,
+                      allow_nan=False).encode("ascii")
+
+
+def record_hash(body: bytes, secret: Optional[bytes]) -> str:
+    """Return the SHA-256 of a canonical record without its hash, or its HMAC under a key."""
+    if secret is None:
+        return hashlib.sha256(body).hexdigest()
+    return hmac.new(secret, body, hashlib.sha256).hexdigest()
+
+
+def ledger_secret() -> Optional[bytes]:
+    """Return the key that SCALARLOOP_LEDGER_KEY names a file of; refuse one that can't be read."""
+    path = os.environ.get("SCALARLOOP_LEDGER_KEY")
+    if not path:
+        return None
+    try:
+        with open(path, "rb") as stream:
+            secret = stream.read(1 << 16).strip()
+    except OSError as error:
+        raise Refused(f"ledger: the key {path} can't be read ({error.strerror})") from None
+    if len(secret) < 16:
+        raise Refused(f"ledger: the key {path} is shorter than 16 bytes; use a random one of 32")
+    return secret
+
+
+def timestamp() -> str:
+    """Return the time in UTC to the millisecond."""
+    now = time.time()
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + ".%03dZ" % (now % 1 * 1000)
+
+
+HASH_FIELD = re.compile(rb'"hash":"([0-9a-f]{64})",')
+
+
+def read_ledger(path: str, secret: Optional[bytes], torn: Optional[List[bytes]] = None,
+                strict: bool = False) -> Iterator[Record]:
+    """Yield every record; raise RecordBroken at the first that is not what its place demands.
+
+    Its raw bytes are hashed, so that any byte counts. `strict` also compares them with the
+    canonical form. An unterminated last line is appended to `torn` when given, else broken.
+    """
+    prev, seq = FIRST_PREV, 0
+    with open(path, "rb") as stream:
+        for number, line in enumerate(stream, 1):
+            where = f"ledger line {number}"
+            if not line.endswith(b"\n"):
+                if torn is None:
+                    raise RecordBroken(f"{where}: is cut off in the middle; start the run again to "
+                                       "drop it, it was never acted on")
+                torn.append(line)
+                return
+            body = line[:-1]
+            found = HASH_FIELD.search(body)
+            if not found:
+                raise RecordBroken(f"{where}: has no hash")
+            expected = record_hash(body[:found.start()] + body[found.end():], secret)
+            if not hmac.compare_digest(found[1], expected.encode()):
+                raise RecordBroken(f"{where}: was changed (its hash does not fit its bytes"
+                                   + (", or the key is another one)" if secret else ")"))
+            try:
+                record = json.loads(body)
+            except ValueError:
+                raise RecordBroken(f"{where}: is not JSON") from None
+            if not isinstance(record, dict) or record.get("hash") != found[1].decode() \
+                    or strict and canonical(record) != body:
+                raise RecordBroken(f"{where}: is not in canonical form")
+            if record.get("prev") != prev or record.get("seq") != seq:
+                raise RecordBroken(f"{where}: does not follow the line before it (a record was "
+                                   "removed, added or moved)")
+            if record.get("v") != LEDGER_VERSION or not isinstance(record.get("type"), str):
+                raise RecordBroken(f"{where}: is of a version that this program does not know")
+            prev, seq = record["hash"], seq + 1
+            yield record
+
+
+class Ledger:
+    """The chained log; append is the only way in, and stops at once if somebody else wrote."""
+
+    def __init__(self, path: str, secret: Optional[bytes], records: int = 0,
+                 head: str = FIRST_PREV):
+        self.path, self.secret, self.records, self.head = path, secret, records, head
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._file = os.open(path, flags, 0o600)
+        self._size = os.fstat(self._file).st_size
+        self._stamp = self._look()
+        self._last = b""
+
+    def _look(self) -> bytes:
+        try:
+            return stamp_of(os.lstat(self.path))
+        except OSError:
+            return b""
+
+    def check(self) -> None:
+        """Raise RecordBroken unless the file is as the last append left it."""
+        if self._look() != self._stamp or os.fstat(self._file).st_size != self._size:
+            raise RecordBroken(f"ledger: {self.path} was touched by somebody else while the loop "
+                               "ran; nothing was appended. Compare it with refs/scalarloop/* of "
+                               "the repository")
+        if self._last:
+            with open(self.path, "rb") as stream:
+                stream.seek(self._size - len(self._last))
+                if stream.read() != self._last:
+                    raise RecordBroken(f"ledger: the last line of {self.path} was changed")
+
+    def append(self, kind: str, **fields: Any) -> Record:
+        """Write one record and flush it to disk before anything acts on it."""
+        self.check()
+        record: Record = {**fields, "type": kind, "v": LEDGER_VERSION, "seq": self.records,
+                          "time": timestamp(), "prev": self.head}
+        record["hash"] = record_hash(canonical(record), self.secret)
+        line = canonical(record) + b"\n"
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(self._file, line[written:])
+            os.fsync(self._file)
+        except OSError as error:
+            os.ftruncate(self._file, self._size)
+            raise ScalarLoopError(f"ledger: {self.path} can't be written ({error.strerror}); the "
+                                  "iteration was not acted on. Make room and start again") from None
+        self.records, self.head = self.records + 1, record["hash"]
+        self._size, self._last = self._size + len(line), line
+        self._stamp = self._look()
+        return record
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+
+def cut_torn_line(path: str, torn: Sequence[bytes]) -> None:
+    """Drop an unterminated last line: it was never acted on."""
+    if torn:
+        with open(path, "r+b") as stream:
+            stream.truncate(os.path.getsize(path) - len(torn[0]))
+            os.fsync(stream.fileno())
+
+
+# ══ state ════════════════════════════════════════════════════════════════════════════════════════
+# What the loop knows is a fold over its ledger, live and on resume alike, so that a run which was
+# interrupted goes on exactly as one that was not.
+
+class State:
+    """Where a run stands; only `advance` changes it."""
+
+    def __init__(self) -> None:
+        self.start: Record = {}
+        self.config: Dict[str, Dict[str, Any]] = {}
+        self.base = self.tip = self.tree = ""
+        self.baseline: Optional[float] = None
+        self.best: Optional[float] = None
+        self.metric_name = "metric"
+        self.holdout: List[Tuple[int, Optional[float]]] = []
+        self.iterations = self.turns = 0
+        self.counts: Dict[str, int] = {verdict.value: 0 for verdict in Verdict}
+        self.since_keep = self.give_ups = self.failures = self.voids = 0
+        self.keeps: List[Tuple[int, str, float]] = []      # (iteration, commit, value)
+        self.anchors: Dict[str, Tuple[int, str]] = {}      # commit -> record before its own
+        self.tried: Set[str] = set()
+        self.elapsed = 0.0
+        self.recent: Deque[Record] = deque(maxlen=10)
+        self.noise = NoiseState()
+        self.guard_samples: Dict[str, List[float]] = {}
+        self.stopped = ""
+        self.unproven = 0
+        self.sessions = 0
+        self.check_ins = 0
+
+    def advance(self, record: Record) -> None:
+        """Take one record of the ledger in."""
+        kind = record["type"]
+        handler = getattr(self, f"_on_{kind}", None)
+        if handler:
+            handler(record)
+        self.noise = advance_noise(self.noise, record)
+
+    def _on_start(self, record: Record) -> None:
+        self.start, self.config = record, record["config"]
+        self.base = self.tip = record["base"]
+        self.tree = record["tree"]
+        self.tried.add(self.tree)
+        self.sessions = 1
+
+    def _on_baseline(self, record: Record) -> None:
+        self.baseline = self.best = record["value"]
+        self.metric_name = record["name"]
+        self.guard_samples = record["guards"]
+        self.holdout.append((0, record["holdout"]))
+
+    def _on_resume(self, record: Record) -> None:
+        self.config = record["config"]
+        self.stopped = ""
+        self.sessions += 1
+        self.failures = self.give_ups = self.voids = 0
+        if record["more"]:
+            self.since_keep = 0
+
+    def _on_turn(self, record: Record) -> None:
+        self.turns += 1
+
+    def _on_iteration(self, record: Record) -> None:
+        verdict = record["verdict"]
+        self.iterations = record["n"]
+        self.elapsed = record["elapsed"]
+        self.counts[verdict] += 1
+        self.best = record["best"]
+        if record["tree"]:
+            self.tried.add(record["tree"])
+        self.give_ups = self.give_ups + 1 if verdict == Verdict.GIVE_UP else 0
+        self.failures = self.failures + 1 if verdict == Verdict.AGENT_FAILED else 0
+        self.voids = self.voids + 1 if verdict == Verdict.VOID else 0
+        if verdict == Verdict.KEEP:
+            self.tip, self.tree = record["commit"], record["tree"]
+            self.keeps.append((record["n"], record["commit"], record["value"]))
+            self.anchors[record["commit"]] = (record["seq"] - 1, record["prev"])
+            self.unproven += record["reason"] == Reason.UNPROVEN
+            self.holdout.append((record["n"], record["holdout"]))
+            self.since_keep = 0
+        elif verdict != Verdict.VOID:
+            self.since_keep += 1
+        self.recent.append({name: record[name] for name in (
+            "n", "verdict", "reason", "value", "files", "detail", "note")})
+
+    def _on_stop(self, record: Record) -> None:
+        self.stopped = record["reason"]
+        self.elapsed = max(self.elapsed, record["elapsed"])
+        self.check_ins += record["reason"] == "check_in"
+
+
+def stop_reason(config: Config, state: State, elapsed: float) -> str:
+    """Return why the run is over, or "" while it is not; the order is the order of the report."""
+    loop, best = config.loop, state.best
+    cost = state.turns * config.agent.price_per_turn
+    due = state.iterations // loop.check_in if loop.check_in else 0
+    rules = [
+        ("target", loop.target is not None and best is not None
+         and config.sign * best <= config.sign * loop.target),
+        ("iterations", state.iterations >= loop.iterations),
+        ("patience", state.since_keep >= loop.patience),
+        ("give_ups", state.give_ups >= loop.give_ups),
+        ("failures", state.failures >= loop.failures),
+        ("void", state.voids >= 2),
+        ("constant_metric", looks_constant(state.noise)),
+        ("max_cost", config.agent.max_cost is not None and cost >= config.agent.max_cost),
+        ("budget", loop.budget is not None and elapsed >= loop.budget),
+        ("check_in", due > state.check_ins),
+    ]
+    return next((reason for reason, holds in rules if holds), "")
+
+
+STOP_TEXT = {
+    "target": "the target is reached", "iterations": "all iterations are done",
+    "patience": "nothing was kept for too long", "give_ups": "the agent gave up repeatedly",
+    "failures": "the agent failed repeatedly", "void": "the machine failed twice in a row",
+    "constant_metric": "the metric looks constant: no tree ever gave another number",
+    "max_cost": "the cost limit is reached", "budget": "the time budget is used up",
+    "check_in": "paused for a check-in", "interrupted": "interrupted",
+    "failed": "the run failed", "store": "the store is damaged",
+}
+STOP_EXIT = {"failures": 1, "void": 1, "constant_metric": 1, "failed": 1, "store": 1,
+             "check_in": 3, "interrupted": 130}
+FINAL_STOPS = ("target", "iterations", "patience", "give_ups", "max_cost", "budget",
+               "constant_metric")
+
+
+# ══ agent ════════════════════════════════════════════════════════════════════════════════════════
+
+GIVE_UP_LINE = re.compile(rb"^%s(?![A-Za-z0-9_])[^\n]*" % GIVE_UP.encode(), re.MULTILINE)
+AGENT_VARIABLES = ("HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_*", "TERM", "TZ", "ANTHROPIC_*",
+                   "OPENAI_*", "*_proxy", "*_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR",
+                   "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS", "CLAUDE_CONFIG_DIR",
+                   "CLAUDE_CODE_*", "XDG_CONFIG_HOME")
+METRIC_VARIABLES = ("HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_*", "TZ")
+CLAUDE = ("claude", "-p", "--permission-mode", "acceptEdits",
+          "--tools=Read,Edit,Write,Glob,Grep", "--setting-sources=", "--strict-mcp-config",
+          "--no-session-persistence", "--max-turns", "60")
+CLAUDE_ENV = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "CLAUDE_CODE_MAX_RETRIES": "2"}
+
+
+def resolve_agent(config: Config) -> List[str]:
+    """Return the agent's argv with an absolute program; refuse what can't be run."""
+    agent = config.agent
+    if agent.command:
+        argv = resolve_command(agent.command, config.folder)
+    else:
+        argv = resolve_adapter(agent.adapter, config.folder)
+    if not os.path.isfile(argv[0]) or not os.access(argv[0], os.X_OK):
+        raise Refused(f"agent: {argv[0]} is not a program that can be run; install it, or set "
+                      "[agent] adapter or command")
+    return argv
+
+
+def resolve_adapter(name: str, folder: str) -> List[str]:
+    """Return the argv of an adapter: beside loop.ini, then beside this file, then the built-in."""
+    for place in (folder, os.path.dirname(os.path.abspath(__file__))):
+        path = os.path.join(place, "adapters", f"{name}.py")
+        if os.path.isfile(path):
+            return [sys.executable or "python3", path]
+    if name == "claude":
+        return resolve_command(CLAUDE, folder)
+    raise Refused(f"agent: there is no adapters/{name}.py beside loop.ini or beside scalarloop.py; "
+                  "correct [agent] adapter, or set [agent] command")
+
+
+def agent_environment(config: Config, n: int, turn: int, seed: int, files: Sequence[str],
+                      scratch: str) -> Dict[str, str]:
+    """Return what an agent's process may know."""
+    env = inherited((*AGENT_VARIABLES, *config.agent.env))
+    if config.agent.adapter == "claude" and not config.agent.command:
+        env.update(CLAUDE_ENV)
+        env["CLAUDE_CODE_TMPDIR"] = scratch
+    listed = json.dumps(list(files))
+    env.update({"TMPDIR": scratch, "SCALARLOOP_ITERATION": str(n), "SCALARLOOP_TURN": str(turn),
+                "SCALARLOOP_SEED": str(seed), "SCALARLOOP_TEMPERATURE": "1.0",
+                "SCALARLOOP_CONFIG_DIR": config.folder,
+                "SCALARLOOP_SCOPE": json.dumps(list(config.loop.scope)), **dict(config.adapter)})
+    if len(listed) < 100_000:       # the system refuses longer variables
+        env["SCALARLOOP_FILES"] = listed
+    return env
+
+
+def fenced_text(text: str, most: int = 3000) -> str:
+    """Quote untrusted text for a prompt: every line marked, control characters escaped, bounded."""
+    lines = text[-most:].splitlines()[-40:]
+    return "\n".join("    | " + printable(line, 300) for line in lines)
+
+
+def build_prompt(config: Config, state: State, goal: str, rework: str = "") -> str:
+    """Return the prompt of the next turn; it depends on loop.ini and the ledger alone."""
+    loop, metric = config.loop, config.metric
+    better = "lower" if metric.direction == "minimize" else "higher"
+    prefix = state.start.get("prefix", "")
+    parts = [
+        f"# Goal\n{goal.strip()}",
+        "# Rules (kept by a program, not by trust)\n"
+        f"- You may change, add and delete files that match: {' '.join(loop.scope)}\n"
+        "- Everything else is sealed. If anything else is changed, or a file appears outside these\n"
+        "  patterns, the whole turn is thrown away, with its gains.\n"
+        "- You work on a throwaway copy. Git history, commits and settings made here go nowhere.\n"
+        + (f"- {loop.memory} is yours for notes: it survives every turn and is never measured.\n"
+           if loop.memory else "")
+        + f"- At most {loop.max_files} files and {loop.max_change} bytes may change in one turn.",
+        f"# Measure\nAfter your turn a sealed command measures {state.metric_name} in a clean copy; "
+        f"{better} is better.\n"
+        f"Baseline {format_number(state.baseline)}, best so far {format_number(state.best)}. "
+        f"{describe_needed(config)}\n"
+        + "".join(f"Guard {guard.name}: `{printable(shlex.join(guard.command))}` must hold.\n"
+                  for guard in config.guards).rstrip(),
+    ]
+    if state.recent:
+        parts.append("# The last turns\n" + "\n".join(
+            format_history(row, prefix) for row in state.recent))
+    if rework:
+        parts.append("# Mend this first\nYour edits are still in place, but:\n" + rework)
+    parts.append(
+        "# How to end\nMake one well-considered improvement in the files, then stop. What you print "
+        "is logged and ignored.\nIf you are sure that nothing can be improved, change nothing and "
+        f"print one line that begins with\n{GIVE_UP}")
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def describe_needed(config: Config) -> str:
+    """Say what a keep needs."""
+    gain = config.metric.min_gain
+    if not gain.amount:
+        return "Only a true improvement is kept."
+    return (f"An improvement is kept when it is more than {format_number(gain.amount)}"
+            f"{' %' if gain.percent else ''}.")
+
+
+def format_history(row: Record, prefix: str) -> str:
+    """Return one past turn as a line or two of a prompt; the agent's words stay quoted."""
+    names = [name[len(prefix):] if name.startswith(prefix) else name for name in row["files"]]
+    files = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    text = f"- #{row['n']} {row['verdict']} ({row['reason']})"
+    if row["value"] is not None:
+        text += f", {format_number(row['value'])}"
+    text += f"; files: {printable(files)}" if files else ""
+    if row["detail"] and row["detail"] not in row["files"]:
+        text += f"; {printable(row['detail'], 120)}"
+    return text + (f"\n  its last words: \"{printable(row['note'], 160)}\"" if row["note"] else "")
+
+
+# ══ terminal ═════════════════════════════════════════════════════════════════════════════════════
+
+def format_number(value: Optional[float]) -> str:
+    """Return a number as a person writes it; every digit of a whole number, 6 of others."""
+    if value is None:
+        return "-"
+    if float(value).is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    return f"{value:.6g}"
+
+
+def format_change(old: Optional[float], new: Optional[float]) -> str:
+    """Return the relative change in percent, or the difference where the old value is 0."""
+    if old is None or new is None:
+        return ""
+    if old == 0:
+        return f"{new - old:+.4g}"
+    percent = (new - old) / abs(old) * 100
+    return f"{percent:+.1f} %" if abs(percent) < 1e6 else f"{percent:+.1e} %"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration in at most two units."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)}m{int(seconds % 60):02d}s"
+    return f"{int(seconds // 3600)}h{int(seconds % 3600 // 60):02d}m"
+
+
+def format_iteration(record: Record, best_before: Optional[float]) -> str:
+    """Return the line of an iteration: number, verdict, metric, change, reason, seconds."""
+    value = record["value"]
+    seconds = sum(record["agent_seconds"]) + sum(record["metric_seconds"])
+    why = record["reason"]
+    extra = record["detail"] or record["evidence"]
+    if extra:
+        why += f": {printable(extra, 90)}"
+    return (f"#{record['n']:<4d}{record['verdict']:<13s}{format_number(value):>12s} "
+            f"{format_change(best_before, value):>10s}  {format_seconds(seconds):>7s}  {why}")
+
+
+def format_summary(config: Config, state: State, head: str, records: int, reason: str,
+                   closing: str) -> str:
+    """Return the closing summary of a run."""
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in state.counts.items() if count)
+    branch = config.loop.branch
+    lines = [
+        f"stopped    {STOP_TEXT.get(reason, reason)} ({reason})",
+        f"{state.metric_name[:10]:<10s} {format_number(state.baseline)} -> "
+        f"{format_number(state.best)} ({format_change(state.baseline, state.best) or 'no change'})"
+        + (f"  [{state.unproven} unproven]" if state.unproven else ""),
+        f"turns      {counts or 'none'}",
+    ]
+    if closing:
+        lines.append(f"measured   {closing}")
+    if state.holdout and state.holdout[0][1] is not None:
+        first, last = state.holdout[0][1], state.holdout[-1][1]
+        lines.append(f"holdout    {format_number(first)} -> {format_number(last)} "
+                     f"({format_change(first, last) or 'no change'})")
+    if state.keeps:
+        lines += [f"branch     {branch}   ({len(state.keeps)} commits on {state.base[:12]})",
+                  f"look       git log --stat {state.base[:12]}..{branch}",
+                  f"merge      git merge --no-ff {branch}"]
+    else:
+        lines.append("branch     none: nothing was kept")
+    lines.append(f"ledger     {records - 1} {head}")
+    return "\n".join(lines)
+
+
+class Terminal:
+    """Plain lines, and on a tty one live line under them; a closed pipe is no reason to stop."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+        try:
+            self.live_lines = stream.isatty() and os.environ.get("TERM") != "dumb"
+        except ValueError:
+            self.live_lines = False
+        self._live = ""
+        self._doing, self._since, self._last = "", 0.0, 0.0
+        self.suffix: Callable[[], str] = str
+
+    def _write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError):
+            self.live_lines = False
+
+    def say(self, text: str) -> None:
+        """Print whole lines."""
+        self.clear()
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        self._write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+
+    def clear(self) -> None:
+        """Take the live line away."""
+        if self._live:
+            self._write("\r\x1b[K")
+            self._live = ""
+
+    def doing(self, what: str) -> None:
+        """Say what runs from now on; shown on the live line only."""
+        self._doing, self._since, self._last = what, time.monotonic(), 0.0
+        self.tick()
+
+    def tick(self) -> None:
+        """Refresh the live line, at most five times a second."""
+        now = time.monotonic()
+        if not self.live_lines or not self._doing or now - self._last < .2:
+            return
+        self._last = now
+        width = shutil.get_terminal_size().columns - 1
+        text = f"{self._doing}  {format_seconds(now - self._since)}  {self.suffix()}"[:width]
+        self._live = text
+        self._write("\r\x1b[K" + text)
+
+
+# ══ gate ═════════════════════════════════════════════════════════════════════════════════════════
+# The preconditions. Each row of the table is one that holds, holds with a notice, or failed; all
+# that can be looked at without running anything are looked at before the first refusal.
+
+class Condition(NamedTuple):
+    """One row of the gate: `state` is ok, notice or FAILED; a failed text ends in its remedy."""
+
+    name: str
+    state: str
+    text: str
+
+
+class Gate:
+    """Collect conditions; `demand` raises Refused with every failed one."""
+
+    def __init__(self) -> None:
+        self.rows: List[Condition] = []
+
+    def ok(self, name: str, text: str) -> None:
+        """Add a condition that holds."""
+        self.rows.append(Condition(name, "ok", text))
+
+    def notice(self, name: str, text: str) -> None:
+        """Add something that the user should know and may want."""
+        self.rows.append(Condition(name, "notice", text))
+
+    def fail(self, name: str, text: str) -> None:
+        """Add a condition that does not hold."""
+        self.rows.append(Condition(name, "FAILED", text))
+
+    def demand(self) -> None:
+        """Raise Refused if any condition failed."""
+        failed = [row for row in self.rows if row.state == "FAILED"]
+        if failed:
+            raise Refused("\n".join(f"{row.name}: {row.text}" for row in failed))
+
+    def table(self) -> str:
+        """Return all rows as a table."""
+        return "\n".join(f"{row.name:<12s}{row.state:<8s}{row.text}" for row in self.rows)
+
+
+def check_work_tree(gate: Gate, config: Config, user: UserRepository) -> None:
+    """Look for staged and changed tracked files; untracked ones are only listed."""
+    if not user.branch:
+        gate.fail("branch", "HEAD is detached; check out the branch to start from")
+    rows = user.repo.git("status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=normal",
+                         "--ignore-submodules=dirty").split(b"\0")[:-1]
+    own = os.path.relpath(os.path.realpath(config.path), os.path.realpath(user.top)).encode()
+    changed = [row[3:] for row in rows if row[:2] not in (b"??", b"!!") and row[3:] != own]
+    untracked = [row[3:] for row in rows if row[:2] == b"??" and row[3:] != own
+                 and b".scalarloop/" not in row]
+    if changed:
+        gate.fail("tree", f"{len(changed)} tracked files are changed or staged, the first is "
+                  f"{shown_path(changed[0])}; commit or stash them")
+    elif untracked:
+        gate.notice("tree", f"clean; {len(untracked)} untracked paths are not seen by the metric, "
+                    f"the first is {shown_path(untracked[0])}")
+    else:
+        gate.ok("tree", f"clean at {user.head[:12]}")
+
+
+def check_branch(gate: Gate, config: Config, user: UserRepository, tips: Sequence[str]) -> None:
+    """Refuse a result branch that is checked out, blocked by another name, or somebody else's."""
+    branch = config.loop.branch
+    ref = f"refs/heads/{branch}"
+    at = user.repo.ref(ref)
+    rows = user.repo.git("for-each-ref", "--format=%(refname)%00%(worktreepath)", "refs/heads")
+    names = {row.split(b"\0")[0].decode("utf-8", "replace"): row.split(b"\0")[1]
+             for row in rows.splitlines()}
+    blocking = [name for name in names if name.startswith(ref + "/") or ref.startswith(name + "/")]
+    if branch == user.branch or names.get(ref):
+        gate.fail("branch", f"{branch} is checked out; set [loop] branch to one of its own")
+    elif blocking:
+        gate.fail("branch", f"{branch} can't be made while {blocking[0][11:]} exists; rename it or "
+                  "set [loop] branch")
+    elif at and at not in tips:
+        gate.fail("branch", f"{branch} exists and is not this run's (at {at[:12]}); rename it, or "
+                  "set [loop] branch or name")
+    else:
+        gate.ok("branch", f"{branch}, from {user.branch or 'HEAD'}")
+
+
+def check_scope(gate: Gate, config: Config, user: UserRepository, scope: Scope,
+                listed: Dict[bytes, Listed]) -> None:
+    """Look at what may change, what may not, and what a command names on the wrong side."""
+    inside = [path for path, row in listed.items()
+              if row.mode in (PLAIN, EXECUTABLE) and scope.holds(path)]
+    if not inside:
+        folder = next((glob for glob in config.loop.scope if any(
+            path.startswith(scope.prefix + glob.rstrip("/").encode() + b"/") for path in listed)), "")
+        hint = f"; {folder} is a folder: write {folder.rstrip('/')}/**" if folder else ""
+        gate.fail("scope", f"{' '.join(config.loop.scope)} matches no tracked regular file that is "
+                  f"not sealed{hint}; correct [loop] scope or commit the files")
+    else:
+        gate.ok("scope", f"{len(inside)} files may change, {len(listed) - len(inside)} may not")
+    for section, command in commands_of(config).items():
+        for word in command:
+            path = scope.prefix + os.path.normpath(word).encode()
+            if path in listed and scope.holds(path):
+                gate.notice("scope", f"[{section}] runs {word}, which the agent may change: the "
+                            "candidate then speaks for itself; put the scoring in a sealed file "
+                            "and run the candidate by `produce`")
+    if not config.metric.produce:
+        gate.notice("metric", "one step: if the command runs the candidate's code in its own process, "
+                    "that code could print the number; `produce` and `outputs` split it")
+    differing = [path for path, row in listed.items() if row.mode in (PLAIN, EXECUTABLE)
+                 and differs_on_disk(user, path, row)] if len(listed) <= 200_000 else []
+    if differing:
+        gate.notice("tree", f"{len(differing)} files are stored with other bytes than on disk (line "
+                    f"ends, filters), the first is {shown_path(differing[0])}; the metric sees the "
+                    "stored ones")
+    check_links(gate, config, user, scope, listed)
+
+
+def differs_on_disk(user: UserRepository, path: bytes, row: Listed) -> bool:
+    """Tell whether a clean tracked file has other bytes on disk than in git (small files only)."""
+    full = os.path.join(os.fsencode(user.top), path)
+    try:
+        status = os.lstat(full)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > 1 << 16:
+            return False
+        with open(full, "rb") as stream:
+            data = stream.read()
+    except OSError:
+        return False
+    return hashlib.new(user.algorithm, b"blob %d\0" % len(data) + data).hexdigest() != row.oid
+
+
+def check_links(gate: Gate, config: Config, user: UserRepository, scope: Scope,
+                listed: Dict[bytes, Listed]) -> None:
+    """Look at submodules, shared folders, the program and the memory file."""
+    shared = [scope.prefix + path.encode() for path in config.loop.share]
+    for path, row in listed.items():
+        full = os.path.join(os.fsencode(user.top), path)
+        if row.mode == GITLINK and path not in shared and os.path.isdir(full) and os.listdir(full):
+            gate.fail("tree", f"the submodule {shown_path(path)} is in use; add it to [loop] share")
+    for path in shared:
+        problem = share_problem(user, path, listed)
+        if problem:
+            gate.fail("share", problem)
+    program = scope.prefix + config.loop.program.encode()
+    if config.loop.program and program not in listed:
+        gate.fail("program", f"{config.loop.program} is not a tracked file; commit it")
+    elif config.loop.program and scope.holds(program):
+        gate.fail("program", f"{config.loop.program} is in scope, so the agent could rewrite its own "
+                  "orders; seal it")
+    if config.loop.memory and scope.prefix + config.loop.memory.encode() in listed:
+        gate.fail("memory", f"{config.loop.memory} is a tracked file; name one that is not")
+
+
+def share_problem(user: UserRepository, path: bytes, listed: Dict[bytes, Listed]) -> str:
+    """Return why a shared folder can't be one, or ""."""
+    root = os.path.join(os.fsencode(user.top), path)
+    if not os.path.isdir(root) or os.path.islink(root):
+        return f"{shown_path(path)} is not a folder; create it (npm ci, pip install) or leave it out"
+    if any(known == path and row.mode != GITLINK or known.startswith(path + b"/")
+           for known, row in listed.items()):
+        return f"{shown_path(path)} holds tracked files; share is for untracked folders"
+    top = os.path.realpath(os.fsencode(user.top))
+    try:
+        for name, status in scan(root):
+            full = os.path.join(root, name)
+            leads = []
+            if stat.S_ISLNK(status.st_mode):
+                leads = [os.path.realpath(full)]
+            elif name.endswith((b".pth", b".egg-link")) and status.st_size < 1 << 16:
+                with open(full, "rb") as stream:
+                    leads = [os.path.realpath(os.path.join(os.path.dirname(full), line.strip()))
+                             for line in stream.read().splitlines() if line.strip()]
+            for lead in leads:
+                if (lead == top or lead.startswith(top + b"/")) \
+                        and not lead.startswith(os.path.realpath(root) + b"/"):
+                    return (f"{shown_path(path + b'/' + name)} leads into the project, so the user's "
+                            "files would be measured instead of the candidate's; install without it")
+    except (CensusError, OSError) as error:
+        return f"{shown_path(path)} can't be read ({error})"
+    return ""
+
+
+def commands_of(config: Config) -> Dict[str, Tuple[str, ...]]:
+    """Return every command that judges a candidate, by section."""
+    table = {"metric": config.metric.command + config.metric.produce}
+    table.update({f"guard.{guard.name}": guard.command for guard in config.guards})
+    if config.holdout.command:
+        table["holdout"] = config.holdout.command
+    return table
+
+
+def sealed_paths(config: Config, user: UserRepository, scope: Scope,
+                 listed: Dict[bytes, Listed]) -> List[str]:
+    """Return the paths outside the tree that are sealed: `seal` words and every program run."""
+    paths = []
+    for word in config.loop.seal:
+        if is_outside(word):
+            paths.append(os.path.join(config.folder, os.path.expanduser(word)))
+        elif not any(scope.seals(path) for path in listed):
+            paths.append(os.path.join(config.folder, word))
+    programs = [*commands_of(config).values(), config.metric.produce, config.metric.setup,
+                config.metric.runner]
+    for command in programs:
+        if command:
+            argv = resolve_command(command, config.folder)
+            if not os.path.isfile(argv[0]):
+                raise Refused(f"metric: {printable(command[0])} is not a program that can be found; "
+                              "install it or correct the command")
+            in_tree = os.path.relpath(os.path.abspath(argv[0]), user.top).encode()
+            if in_tree not in listed:
+                paths.append(argv[0])
+    return paths
+
+
+def lfs_pointers(user: UserRepository, listed: Dict[bytes, Listed], held: str) -> FrozenSet[bytes]:
+    """Copy the content of git-lfs pointers to `held`; refuse one whose content is missing.
+
+    A file whose work-tree bytes are the pointer itself is taken for what it looks like.
+    """
+    attributed = [path for path in listed if path.split(b"/")[-1] == b".gitattributes"]
+    if not attributed:
+        return frozenset()
+    marked = user.repo.git("check-attr", "-z", "--cached", "--stdin", "filter",
+                           stdin=b"".join(path + b"\0" for path in listed)).split(b"\0")[:-1]
+    found = set()
+    for path in [marked[i] for i in range(0, len(marked), 3) if marked[i + 2] == b"lfs"]:
+        pointer = LFS_POINTER.fullmatch(user.repo.git("cat-file", "blob", listed[path].oid))
+        if not pointer:
+            continue
+        oid = pointer[1].decode()
+        copies = [os.path.join(user.repo.git_dir, "lfs", "objects", oid[:2], oid[2:4], oid),
+                  os.path.join(user.top, os.fsdecode(path))]
+        source = next((copy for copy in copies if os.path.isfile(copy)
+                       and hash_file(os.fsencode(copy))[0].hex() == oid), None)
+        if not source:
+            raise Refused(f"tree: the git-lfs content of {shown_path(path)} is not here; run "
+                          "git lfs pull")
+        os.makedirs(held, exist_ok=True)
+        shutil.copyfile(source, os.path.join(held, oid))
+        found.add(path)
+    return frozenset(found)
+
+
+class StateLock:
+    """The one loop that may use a state folder; the system lets go of it when the loop dies."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        self.path = os.path.join(folder, "lock")
+        self.created = [path for path in (os.path.dirname(folder), folder)
+                        if not os.path.lexists(path)]
+        self._file = -1
+
+    def acquire(self) -> None:
+        """Take the lock; refuse when another loop holds it or the folder can't be written."""
+        try:
+            os.makedirs(self.folder, 0o700, exist_ok=True)
+            ignore = os.path.join(os.path.dirname(self.folder), ".gitignore")
+            if not os.path.lexists(ignore):
+                write_file(ignore, b"*\n")
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
+                                 0o600)
+        except OSError as error:
+            raise Refused(f"lock: the state folder {self.folder} can't be written "
+                          f"({error.strerror}); make it writable") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            same = os.fstat(self._file).st_ino == os.stat(self.path).st_ino
+        except OSError:
+            same = False
+        if not same:
+            os.close(self._file)
+            self._file = -1
+            raise Refused(f"lock: another loop runs on {self.folder}; wait for it, or give this one "
+                          "another [loop] name")
+
+    def note(self, temporary: str) -> None:
+        """Write down the temporary folder, so that the next start can remove it after a crash."""
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, json.dumps({"pid": os.getpid(), "tmp": temporary}).encode(), 0)
+
+    def left_behind(self) -> str:
+        """Return the temporary folder of a loop that died, or ""."""
+        try:
+            path = json.loads(os.pread(self._file, 4096, 0) or b"{}").get("tmp", "")
+        except (ValueError, AttributeError):
+            return ""
+        base = os.path.basename(str(path))
+        known = base.startswith("scalarloop-") and os.path.isdir(path) and not os.path.islink(path)
+        return path if known and os.lstat(path).st_uid == os.geteuid() else ""
+
+    def release(self, undo: bool) -> None:
+        """Let go; with `undo` also remove what acquiring created, if nothing else is in there."""
+        if self._file < 0:
+            return
+        if undo:
+            remove_tree(self.folder)
+            for path in reversed(self.created):
+                ignore = os.path.join(path, ".gitignore")
+                if path != self.folder and os.path.isdir(path) and os.listdir(path) == [".gitignore"]:
+                    os.unlink(ignore)
+                    os.rmdir(path)
+        else:
+            os.ftruncate(self._file, 0)
+        os.close(self._file)
+        self._file = -1
+
+
+# ══ loop ═════════════════════════════════════════════════════════════════════════════════════════
+
+class Snapshot(NamedTuple):
+    """A tree of the store together with the manifest of its content."""
+
+    tree: str
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a candidate when it is decided about; None: that phase did not run."""
+
+    gave_up: bool = False
+    ended: Optional[Ended] = None
+    proposal: Optional[Proposal] = None
+    unchanged: bool = False
+    repeated: bool = False
+    failed: Optional[Measurement] = None        # the candidate's run that yielded no number
+    judgement: Optional[Judgement] = None
+
+
+class Decision(NamedTuple):
+    """The verdict on an iteration, its reason, and a detail for people."""
+
+    verdict: Verdict
+    reason: Reason
+    detail: str = ""
+
+
+def decide(facts: Known) -> Decision:
+    """Decide about a candidate: integrity, scope, metric, guards, statistics, in that order.
+
+    Pure. Whatever is not known to be better is not kept: the last line is a reject.
+    """
+    def end(reason: Reason, detail: str = "") -> Decision:
+        return Decision(VERDICT_OF[reason], reason, detail)
+
+    if facts.failed and facts.failed.integrity:
+        return end(facts.failed.reason or Reason.SEAL_TOUCHED, facts.failed.detail)
+    if facts.gave_up:
+        return end(Reason.GAVE_UP)
+    if facts.proposal is None:
+        return end(Reason.MACHINE, "no census was taken")
+    if facts.proposal.violation:
+        return end(facts.proposal.violation, facts.proposal.where)
+    if facts.unchanged:
+        if facts.ended and facts.ended.timed_out:
+            return end(Reason.AGENT_TIMEOUT, facts.ended.describe())
+        if facts.ended and facts.ended.status:
+            return end(Reason.AGENT_EXIT, facts.ended.describe())
+        return end(Reason.UNCHANGED)
+    if facts.repeated:
+        return end(Reason.REPEATED, "this tree was tried before")
+    if facts.judgement is None:
+        return end(Reason.MACHINE, "nothing was measured")
+    if facts.judgement.outcome in (Reason.NOISE_FAILED, Reason.NOISE_UNCONFIRMED):
+        return end(facts.judgement.outcome, facts.failed.detail if facts.failed else "")
+    if facts.failed and facts.failed.reason:
+        return end(facts.failed.reason, facts.failed.detail)
+    if facts.judgement.outcome is Reason.BETTER:
+        return end(Reason.UNPROVEN if facts.judgement.unproven else Reason.BETTER)
+    if VERDICT_OF[facts.judgement.outcome] is Verdict.KEEP:
+        return end(Reason.MACHINE, "a keep without proof")
+    return end(facts.judgement.outcome)
+
+
+REWORKABLE = (Verdict.CRASH, Verdict.GUARD_FAILED)
+
+
+@dataclass
+class Work:
+    """One iteration under way: what it cost and what it left."""
+
+    n: int
+    folder: str
+    turns: int = 0
+    agent_seconds: List[float] = field(default_factory=list)
+    metric_seconds: List[float] = field(default_factory=list)
+    candidate: Optional[Snapshot] = None
+    prompt_digest: str = ""
+    log_digest: str = ""
+    note: str = ""
+    holdout: Optional[float] = None
+    samples: Dict[str, List[Any]] = field(default_factory=dict)
+
+    def add_samples(self, samples: Dict[str, List[Any]], sign: float) -> None:
+        """Take a judgement's raw numbers over; those of a turn that was reworked stay beside them."""
+        before, now = self.samples, turned(samples, sign)
+        if before:
+            now["incumbent"] = before["incumbent"] + now["incumbent"]
+            now["reworked"] = before.get("reworked", []) + before["candidate"]
+        self.samples = now
+
+
+class MetricBroken(ScalarLoopError):
+    """The metric fails on a tree that it measured before: the fault isn't the candidate's."""
+
+
+class CleanroomTrial:
+    """The runs that a judgement asks for, made in the cleanrooms; lower is better inside."""
+
+    def __init__(self, run: "Run", work: Work, candidate: Snapshot):
+        self.run, self.work, self.candidate_tree = run, work, candidate
+        self.failed: Optional[Measurement] = None
+
+    def _value(self, snapshot: Snapshot, room: int, seed: int, gauge: Optional[Gauge] = None
+               ) -> Tuple[Optional[float], Measurement]:
+        gauge = gauge or metric_gauge(self.run.config)
+        found = self.run.measure(gauge, snapshot, room, seed, self.work.metric_seconds)
+        if found.value is None:
+            return None, found
+        return found.value * self.run.config.sign + 0.0, found
+
+    def candidate(self) -> Optional[float]:
+        """Return one fresh run of the candidate, None if it failed."""
+        self.run.terminal.doing(f"#{self.work.n} measuring")
+        value, found = self._value(self.candidate_tree, 0, fresh_seed())
+        if value is None:
+            self.failed = found
+        return value
+
+    def incumbent(self) -> float:
+        """Return one fresh run of the incumbent; raise MetricBroken when it fails twice."""
+        return self._standing(0, fresh_seed())
+
+    def _standing(self, room: int, seed: int) -> float:
+        for _ in range(2):
+            value, found = self._value(self.run.incumbent, room, seed)
+            if value is not None:
+                return value
+        raise MetricBroken(f"metric: fails on the incumbent, which it measured before ({found.reason}"
+                           f": {found.detail}); the metric or what it reads has changed")
+
+    def pair(self) -> Tuple[float, Optional[float]]:
+        """Return a fresh run of both, a coin deciding order and room, under one seed."""
+        self.run.terminal.doing(f"#{self.work.n} comparing with the incumbent")
+        coins, seed = os.urandom(1)[0], fresh_seed()
+        room = coins >> 1 & 1
+
+        def rival() -> Optional[float]:
+            value, found = self._value(self.candidate_tree, 1 - room, seed)
+            if value is None:
+                self.failed = found
+            return value
+
+        if coins & 1:
+            first = self._standing(room, seed)
+            return first, rival()
+        second = rival()
+        return self._standing(room, seed), second
+
+    def guards_hold(self) -> bool:
+        """Run every guard on the candidate; remember the first that does not hold."""
+        for guard in self.run.config.guards:
+            self.run.terminal.doing(f"#{self.work.n} guard {guard.name}")
+            gauge = guard_gauge(guard)
+            if gauge.numeric:
+                failed = self._metric_guard(guard, gauge)
+            else:
+                found = self.run.measure(gauge, self.candidate_tree, 0, fresh_seed())
+                failed = found if found.reason else None
+            if failed:
+                self.failed = dataclasses.replace(
+                    failed, detail=f"{guard.name}: {failed.detail}".rstrip(": "))
+                return False
+        return True
+
+    def _metric_guard(self, guard: GuardOptions, gauge: Gauge) -> Optional[Measurement]:
+        """Return why a metric-valued guard fails: against the base, so that losses can't add up."""
+        sign = -1.0 if guard.direction == "maximize" else 1.0
+        broken: List[Measurement] = []
+
+        def pair() -> Tuple[float, Optional[float]]:
+            seed, values = fresh_seed(), []
+            order = [self.run.base, self.candidate_tree]
+            flip = os.urandom(1)[0] & 1
+            for snapshot in order[::-1] if flip else order:
+                found = self.run.measure(gauge, snapshot, 0, seed)
+                if found.value is None:
+                    broken.append(found)
+                values.append(None if found.value is None else sign * found.value)
+            base, rival = values[::-1] if flip else values
+            if base is None:
+                raise MetricBroken(f"guard {guard.name}: fails on the baseline tree, which it "
+                                   "measured before")
+            return base, rival
+
+        samples = [sign * value for value in self.run.state.guard_samples[guard.name]]
+        duel = worse_duel(pair, samples, guard.tolerance or 0.0, self.out_of_time)
+        if duel.outcome is Reason.NOISE_FAILED:
+            reason = broken[-1].reason if broken and broken[-1].integrity else Reason.GUARD_EXIT
+            return Measurement(None, reason, broken[-1].detail if broken else "no number")
+        if duel.outcome is Reason.BETTER:
+            return Measurement(None, Reason.GUARD_WORSE, f"worse by more than {guard.tolerance:g} in "
+                               f"{len(duel.pairs)} pairs")
+        return None
+
+    def announce(self, event: Dict[str, Any]) -> None:
+        """Write a duel's terms, or the end of exact mode, to the ledger before acting on it."""
+        found = {name: value for name, value in event.items() if name not in ("type", "samples")}
+        if "samples" in event:
+            found["samples"] = turned(event["samples"], self.run.config.sign)
+        self.run.record(event["type"], tree=self.candidate_tree.tree, n=self.work.n, **found)
+
+    def out_of_time(self) -> bool:
+        """Tell whether the budget leaves room only for the closing comparison."""
+        budget = self.run.config.loop.budget
+        return budget is not None and self.run.elapsed() + self.run.closing_reserve() >= budget
+
+
+def fresh_seed() -> int:
+    """Return a seed that nobody could have known before."""
+    return int.from_bytes(os.urandom(4), "big") >> 1
+
+
+@dataclass
+class Run:
+    """Everything that a running loop holds. The loop itself is `run_loop` and `iterate` below."""
+
+    config: Config
+    user: UserRepository
+    scope: Scope
+    store: Store
+    tmp: str
+    folder: str                         # the state folder
+    watch: Watch
+    terminal: Terminal
+    isolation: "Isolation"
+    lfs: FrozenSet[bytes]
+    base: Snapshot
+    incumbent: Snapshot
+    outside: OutsideSeal
+    agent: List[str]
+    state: State = field(default_factory=State)
+    ledger: Optional[Ledger] = None
+    rooms: List[Cleanroom] = field(default_factory=list)
+    shared: Layer = field(default_factory=Layer)
+    made: Layer = field(default_factory=Layer)
+    hidden: FrozenSet[bytes] = frozenset()
+    metric_log: str = ""
+    anchor: str = ""                    # the ledger's commit in the user's repository
+    elapsed_before: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+    workspace: Any = None
+    git_layer: Any = None
+    work: Optional[Work] = None
+
+    def elapsed(self) -> float:
+        """Return the seconds that the run took so far, over all sessions."""
+        return self.elapsed_before + time.monotonic() - self.started
+
+    def fence_of(self, writable: Sequence[str], key: str) -> Fence:
+        """Return what a program may write, read and reach; only the holdout sees its files."""
+        hidden = self.isolation.secrets if key != "holdout" else self.isolation.state
+        network = key in ("agent", "setup") or self.config.metric.network == "allow"
+        return dataclasses.replace(self.isolation.fence, writable=tuple(writable),
+                                   hidden=tuple(hidden), network=network)
+
+    def census_rules(self) -> CensusRules:
+        """Return what the census of the workspace goes by."""
+        loop = self.config.loop
+        memory = (self.scope.prefix + loop.memory.encode(),) if loop.memory else ()
+        skeleton = os.path.join(self.tmp, "ignore")
+        return CensusRules(self.scope, loop.max_change, loop.max_files,
+                           functools.partial(self.store.ignored, skeleton),
+                           (b".git", *memory), self.hidden)
+
+    def closing_reserve(self) -> float:
+        """Return the seconds that the closing comparison will need."""
+        if self.state.noise.exact or not self.state.keeps or not self.state.noise.metric_seconds:
+            return 0.0
+        return 10 * median(self.state.noise.metric_seconds)
+
+    def record(self, kind: str, **fields: Any) -> Record:
+        """Append to the ledger, then take the record into the state: the one way it changes."""
+        if self.ledger is None:
+            raise ScalarLoopError("ledger: not open")
+        record = self.ledger.append(kind, **fields)
+        self.state.advance(record)
+        return record
+
+    def log_metric(self, key: str, capture: Capture, end: str) -> None:
+        """Append a run's output to the iteration's metric.log, which stays below 3 MB."""
+        if not self.metric_log:
+            return
+        size = os.path.getsize(self.metric_log) if os.path.exists(self.metric_log) else 0
+        log = capture.log()
+        most = 2 * LOG_CAP + 1000 if not size else 20_000
+        if size < 5 * LOG_CAP // 2:
+            with open(self.metric_log, "ab") as stream:
+                stream.write(b"=== %s: %s\n%s\n" % (key.encode(), end.encode(), log[-most:]))
+
+    def visible(self, snapshot: Snapshot, key: str) -> Manifest:
+        """Return what a program may see of a tree: the holdout's files only in the holdout."""
+        if not self.hidden or key == "holdout":
+            return snapshot.manifest
+        return {path: entry for path, entry in snapshot.manifest.items() if path not in self.hidden}
+
+    def measure(self, gauge: Gauge, snapshot: Snapshot, room: int, seed: int,
+                seconds: Optional[List[float]] = None) -> Measurement:
+        """Measure a tree in one of the two cleanrooms; the second is made when first asked for."""
+        while len(self.rooms) <= room:
+            self.rooms.append(make_cleanroom(self, len(self.rooms)))
+        place = self.rooms[room]
+        place.use_git(snapshot.tree)
+        found = place.measure(gauge, self.visible(snapshot, gauge.key), seed)
+        if seconds is not None:
+            seconds.append(round(found.seconds, 4))
+        return found
+
+
+def make_tree(run: Run, name: str, layers: Sequence[Layer], kept: Sequence[bytes] = ()) -> Tree:
+    """Return a tree in the temporary folder, not yet written."""
+    layer = Layer()
+    for part in layers:
+        layer.add(part)
+    return Tree(os.path.join(run.tmp, name), run.store, layer, kept,
+                os.path.join(run.folder, "lfs"))
+
+
+def make_cleanroom(run: Run, number: int) -> Cleanroom:
+    """Make a cleanroom; with `produce` it has a second tree for the scorer."""
+    config = run.config
+    kept = [run.scope.prefix + path.encode() for path in config.metric.cache]
+    layers = [run.shared, run.made]
+    tree = make_tree(run, f"room-{number}", layers, kept)
+    scorer = make_tree(run, f"scorer-{number}", layers) if config.metric.produce else None
+    first = run.rooms[0].setting if run.rooms else None
+    setting = first or MetricSetting(
+        config, run.scope, run.scope.prefix, metric_environment(config), run.fence_of, run.outside,
+        run.watch, {}, {os.path.dirname(path) for path in run.base.manifest}, run.log_metric)
+    git_layer = GitLayer(run.store, os.path.join(run.tmp, f"git-{number}")) \
+        if config.metric.git else None
+    return Cleanroom(setting, tree, scorer, run.tmp, git_layer)
+
+
+def metric_environment(config: Config) -> Dict[str, str]:
+    """Return the metric's environment: an allow-list, nothing of the agent's secrets."""
+    return {**inherited((*METRIC_VARIABLES, *config.metric.env)), "TERM": "dumb",
+            "PYTHONDONTWRITEBYTECODE": "1", "PYTHONNOUSERSITE": "1"}
+
+
+def run_loop(run: Run) -> str:
+    """Propose, take the census, measure, decide, record, keep or drop; until a rule says stop."""
+    while True:
+        run.watch.check()
+        reason = stop_reason(run.config, run.state, run.elapsed())
+        if reason:
+            return reason
+        iterate(run)
+
+
+def iterate(run: Run) -> None:
+    """Run one iteration: a turn, up to `rework` more to mend a crash or a guard, one verdict."""
+    work = begin_iteration(run)
+    rework = ""
+    for turn in range(1, run.config.agent.rework + 2):
+        ended, gave_up = propose(run, work, turn, rework)
+        facts = consider(run, work, ended, gave_up)
+        decision = decide(facts)
+        if decision.verdict not in REWORKABLE:
+            break
+        rework = format_rework(decision, facts)
+    settle(run, work, facts, decision)
+
+
+def begin_iteration(run: Run) -> Work:
+    """Make the workspace pristine and the iteration's folder."""
+    n = run.state.iterations + 1
+    folder = os.path.join(run.folder, "iterations", f"{n:04d}")
+    remove_tree(folder)
+    os.makedirs(folder, 0o700)
+    run.metric_log = os.path.join(folder, "metric.log")
+    run.terminal.doing(f"#{n} preparing")
+    prepare_workspace(run)
+    run.work = Work(n, folder)
+    return run.work
+
+
+def prepare_workspace(run: Run) -> None:
+    """Bring the workspace to the incumbent, with a throwaway .git and the agent's memory."""
+    tree: Tree = run.workspace
+    layer = Layer()
+    layer.add(run.shared)
+    layer.add(run.git_layer.update(run.incumbent.tree))
+    memory = os.path.join(run.folder, "memory")
+    if run.config.loop.memory and os.path.exists(memory):
+        path = run.scope.prefix + run.config.loop.memory.encode()
+        source = os.fsencode(memory)
+        layer.entries[path] = entry_of(source, os.lstat(source))
+        layer.sources[path] = source
+    tree.set_layer(layer)
+    tree.make_pristine(run.visible(run.incumbent, "workspace"))
+
+
+def propose(run: Run, work: Work, turn: int, rework: str) -> Tuple[Ended, bool]:
+    """Let the agent work in the workspace; return how it ended and whether it gave up."""
+    config, state = run.config, run.state
+    prompt = build_prompt(config, state, read_goal(run), rework)
+    write_plain(os.path.join(work.folder, "prompt.txt"), prompt.encode("utf-8"), append=turn > 1)
+    digest = hashlib.sha256(prompt.encode("utf-8")).hexdigest()
+    work.prompt_digest = work.prompt_digest or digest
+    work.turns = turn
+    run.record("turn", n=work.n, turn=turn, base=state.tip, prompt_sha256=digest)
+    run.terminal.doing(f"#{work.n} agent" + (f", rework {turn - 1}" if turn > 1 else ""))
+    capture = Capture(GIVE_UP_LINE)
+    root = os.fsdecode(run.workspace.root)
+    cwd = os.path.join(root, os.fsdecode(run.scope.prefix))
+    files = [shown_path(path[len(run.scope.prefix):]) for path, entry in
+             run.incumbent.manifest.items()
+             if entry.mode in (PLAIN, EXECUTABLE) and run.scope.holds(path)]
+    seed = int.from_bytes(hashlib.sha256(b"%d %d %d" % (config.loop.seed, work.n, turn))
+                          .digest()[:4], "big") >> 1
+    with tempfile.TemporaryDirectory(dir=run.tmp) as scratch:
+        env = agent_environment(config, work.n, turn, seed, files, scratch)
+        fence = run.fence_of([root, scratch, *map(os.path.expanduser, config.agent.writable)],
+                             "agent")
+        run.workspace.dirty = True
+        ended = run_fenced(fence, run.agent, cwd=cwd, env=env, sink=capture, watch=run.watch,
+                           stdin=prompt.encode("utf-8"), timeout=config.agent.timeout)
+    capture.finish()
+    name = "agent.log" if turn == 1 else f"agent.{turn}.log"
+    write_plain(os.path.join(work.folder, name), capture.log())
+    work.agent_seconds.append(round(ended.seconds, 4))
+    work.log_digest = capture.digest
+    work.note = last_words(capture.log())
+    run.watch.check()
+    return ended, bool(capture.matches)
+
+
+def last_words(log: bytes) -> str:
+    """Return the last line of an agent's log, for the next prompt to quote; never acted on."""
+    lines = [line.strip() for line in log[-4000:].decode("utf-8", "replace").splitlines()]
+    return printable(next((line for line in reversed(lines) if line), ""), 160)
+
+
+def read_goal(run: Run) -> str:
+    """Return the goal, or the sealed program file of the base, word for word."""
+    if not run.config.loop.program:
+        return run.config.loop.goal
+    entry = run.base.manifest[run.scope.prefix + run.config.loop.program.encode()]
+    return run.store.repo.git("cat-file", "blob", entry.oid).decode("utf-8", "replace")
+
+
+def write_plain(path: str, data: bytes, append: bool = False) -> None:
+    """Write a file of the iteration's folder: for people, so not flushed to disk."""
+    with open(path, "ab" if append else "wb") as stream:
+        stream.write(data)
+
+
+def consider(run: Run, work: Work, ended: Ended, gave_up: bool) -> Known:
+    """Find out what is to be known of a turn's result, as far as it matters."""
+    if gave_up:
+        return Known(gave_up=True, ended=ended)
+    rules = run.census_rules()
+    proposal = take_census(run.workspace, rules)
+    save_memory(run)
+    facts = Known(ended=ended, proposal=proposal)
+    if proposal.violation:
+        return facts
+    candidate = make_candidate(run, proposal.edits, run.incumbent, run.state.tip)
+    if candidate.tree == run.incumbent.tree:
+        return dataclasses.replace(facts, unchanged=True)
+    work.candidate = candidate
+    run.store.diff(run.incumbent.tree, candidate.tree, bounded_file(work.folder, "diff.patch"))
+    if candidate.tree in run.state.tried:
+        return dataclasses.replace(facts, repeated=True)
+    trial = CleanroomTrial(run, work, candidate)
+    noise = replace(run.state.noise, reference=turned(run.state.noise.reference, run.config.sign))
+    judgement = judge(noise, noise_rules(run.config), trial)
+    work.add_samples(judgement.samples, run.config.sign)
+    facts = dataclasses.replace(facts, judgement=judgement, failed=trial.failed)
+    gauge = holdout_gauge(run.config)
+    if gauge and decide(facts).verdict is Verdict.KEEP:
+        run.terminal.doing(f"#{work.n} holdout")
+        found = run.measure(gauge, candidate, 0, fresh_seed())
+        work.holdout = found.value
+        if found.integrity:
+            facts = dataclasses.replace(facts, failed=found)
+    return facts
+
+
+def noise_rules(config: Config) -> NoiseRules:
+    """Return what loop.ini says about noise."""
+    metric = config.metric
+    risk = None if metric.confidence is None else round(1 - metric.confidence, 12)
+    return NoiseRules(metric.min_gain, metric.max_gain, risk, metric.samples)
+
+
+def make_candidate(run: Run, edits: Dict[bytes, Edit], over: Snapshot, commit: str) -> Snapshot:
+    """Write edits over a tree that stands in the store as `commit`; return the candidate."""
+    if not edits:
+        return over
+    tree = run.store.write_tree(commit, edits)
+    algorithm = run.user.algorithm
+
+    def oid_of(data: bytes) -> str:
+        return hashlib.new(algorithm, b"blob %d\0" % len(data) + data).hexdigest()
+
+    return Snapshot(tree, apply_edits(over.manifest, edits, oid_of))
+
+
+def bounded_file(folder: str, name: str) -> Callable[[bytes], None]:
+    """Return a sink that writes at most LOG_CAP bytes to a file."""
+    path = os.path.join(folder, name)
+    left = [LOG_CAP]
+    write_plain(path, b"")
+
+    def sink(chunk: bytes) -> None:
+        if left[0] > 0:
+            write_plain(path, chunk[:left[0]], append=True)
+            left[0] -= len(chunk)
+
+    return sink
+
+
+def save_memory(run: Run) -> None:
+    """Carry the agent's memory file over to its next turns, whatever the verdict."""
+    if not run.config.loop.memory:
+        return
+    path = os.path.join(run.workspace.root, run.scope.prefix, run.config.loop.memory.encode())
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as stream:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                write_file(os.path.join(run.folder, "memory"), stream.read(1 << 18))
+    except OSError:
+        pass    # it has none, or made it something that is not a file: the old one stands
+
+
+def format_rework(decision: Decision, facts: Known) -> str:
+    """Say in a prompt what went wrong; the program's output is quoted, not trusted."""
+    text = f"the verdict was {decision.verdict.value} ({decision.reason.value})"
+    text += f", {printable(decision.detail, 200)}" if decision.detail else ""
+    tail = facts.failed.tail if facts.failed else ""
+    return text + (f". The end of the output:\n{fenced_text(tail)}" if tail else ".")
+
+
+def settle(run: Run, work: Work, facts: Known, decision: Decision) -> None:
+    """Record the verdict, then act on it: the branch moves only after the ledger says so."""
+    state, judgement = run.state, facts.judgement
+    keep = decision.verdict is Verdict.KEEP and work.candidate is not None and judgement is not None
+    value = None if judgement is None or judgement.value is None or facts.failed \
+        else judgement.value * run.config.sign + 0.0
+    best = value if keep else state.best
+    commit = commit_keep(run, work, value) if keep else None
+    before, base = state.best, state.tip
+    record = run.record(
+        "iteration", n=work.n, verdict=decision.verdict.value, reason=decision.reason.value,
+        detail=printable(decision.detail, 300), value=value, best=best, commit=commit, base=base,
+        tree=work.candidate.tree if work.candidate else None,
+        files=list(facts.proposal.files) if facts.proposal else [],
+        dropped=facts.proposal.dropped if facts.proposal else 0,
+        samples=work.samples,
+        evidence=judgement.evidence if judgement else "", holdout=work.holdout,
+        turns=work.turns, agent_seconds=work.agent_seconds, metric_seconds=work.metric_seconds,
+        agent_exit=facts.ended.describe() if facts.ended else "", note=work.note,
+        prompt_sha256=work.prompt_digest, log_sha256=work.log_digest,
+        elapsed=round(run.elapsed(), 3))
+    run.terminal.say(format_iteration(record, before))
+    if keep and work.candidate:
+        run.incumbent = work.candidate
+        publish(run)
+
+
+def commit_keep(run: Run, work: Work, value: Optional[float]) -> str:
+    """Write the kept commit; its trailer names the ledger's head, so that no tail can be cut."""
+    state, candidate = run.state, work.candidate
+    if candidate is None or run.ledger is None:
+        raise ScalarLoopError("keep: there is no candidate")
+    listed = run.store.list_tree(candidate.tree)
+    if {path: (row.mode, row.oid) for path, row in listed.items()} != {
+            path: (entry.mode, entry.oid) for path, entry in candidate.manifest.items()}:
+        raise StoreDamaged("store: the candidate's tree is not what was measured")
+    name = state.metric_name
+    message = (
+        f"#{work.n} {name} {format_number(state.best)} -> {format_number(value)} "
+        f"({format_change(state.best, value)})\n\n"
+        f"Scalar-Loop-Iteration: {work.n}\nScalar-Loop-Metric: {name}={value!r}\n"
+        f"Scalar-Loop-Base: {state.base}\n"
+        f"Scalar-Loop-Ledger: {run.ledger.records - 1} {run.ledger.head}\n")
+    return run.store.commit(candidate.tree, state.tip, message, int(time.time()))
+
+
+def publish(run: Run) -> None:
+    """Hand the kept commits and the ledger back to the user's repository; safe to repeat.
+
+    The branch is accepted where it is absent, at the base, or at one of this run's tips; elsewhere
+    it is somebody else's: RecordBroken, and it stays where it is.
+    """
+    state, branch = run.state, f"refs/heads/{run.config.loop.branch}"
+    anchor_ref = run.config.anchor_ref
+    if run.ledger is None:
+        return
+    run.ledger.check()
+    at, anchored = run.user.repo.ref(branch), run.user.repo.ref(anchor_ref)
+    if anchored != run.anchor:
+        raise RecordBroken(f"{anchor_ref} is no longer where this run left it; it was left alone")
+    tips = [state.base, *(commit for _, commit, _ in state.keeps)]
+    if at and at not in tips:
+        raise RecordBroken(f"branch {run.config.loop.branch} is no longer where this run left it "
+                           f"(at {at[:12]}); it was left alone. Move it back to {tips[-1][:12]}, or "
+                           "start a new run with --new")
+    with open(run.ledger.path, "rb") as stream:
+        anchor = run.store.write_anchor(stream.read(), f"seq {run.ledger.records - 1} "
+                                        f"hash {run.ledger.head}\n")
+    new = [anchor] if not state.keeps else [anchor, state.tip]
+    hand_over(run.store, run.user, new, [at or state.base])
+    if state.keeps and at != state.tip:
+        move_ref(run.user, branch, state.tip, at)
+    move_ref(run.user, anchor_ref, anchor, anchored)
+    run.anchor = anchor
+
+
+# ══ set-up ═══════════════════════════════════════════════════════════════════════════════════════
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line adds to loop.ini."""
+
+    more: int = 0
+    new: bool = False
+    replay: bool = False
+
+
+def look_around(gate: Gate, config: Config, user: UserRepository, tips: Sequence[str],
+                commit: str, fresh: bool) -> Tuple[Scope, List[str], Dict[bytes, Listed]]:
+    """Check everything that can be looked at without running the metric."""
+    scope = make_scope(config, user.prefix)
+    listed = Store(user.repo).list_tree(commit)
+    if fresh:
+        check_work_tree(gate, config, user)
+        check_scope(gate, config, user, scope, listed)
+    check_branch(gate, config, user, tips)
+    argv: List[str] = []
+    try:
+        argv = resolve_agent(config)
+        gate.ok("agent", printable(shlex.join(argv), 120))
+    except Refused as error:
+        gate.fail("agent", str(error).partition(": ")[2])
+    return scope, argv, listed
+
+
+def open_run(gate: Gate, config: Config, user: UserRepository, store: Store, folder: str, tmp: str,
+             watch: Watch, terminal: Terminal, scope: Scope, argv: List[str], base: str, tip: str
+             ) -> Run:
+    """Take the manifests and seals, witness the isolation, and make the trees' layers."""
+    listed = store.list_tree(base)
+    lfs = lfs_pointers(user, listed, os.path.join(folder, "lfs"))
+    manifest = take_manifest(store, base, lfs)
+    snapshot = Snapshot(store.repo.line("rev-parse", f"{base}^{{tree}}"), manifest)
+    incumbent = snapshot if tip == base else Snapshot(
+        store.repo.line("rev-parse", f"{tip}^{{tree}}"), take_manifest(store, tip, lfs))
+    outside = OutsideSeal(sealed_paths(config, user, scope, listed))
+    run = Run(config, user, scope, store, tmp, folder, watch, terminal,
+              choose_isolation(config, tmp, folder, watch), lfs, snapshot, incumbent, outside, argv)
+    run.hidden = hidden_paths(config, scope, manifest)
+    gate.ok("seal", f"{len(manifest)} tracked files and {len(outside.entries)} outside the tree")
+    gate.rows += [Condition("isolation", *row) for row in isolation_rows(config, run.isolation)]
+    run.shared = share_layer(run)
+    run.workspace = make_tree(run, "workspace", [])
+    run.git_layer = GitLayer(store, os.path.join(tmp, "git"))
+    write_skeleton(run)
+    return run
+
+
+def hidden_paths(config: Config, scope: Scope, manifest: Manifest) -> FrozenSet[bytes]:
+    """Return the tracked paths that only the holdout may read."""
+    globs = [split_glob(word) for word in config.holdout.files if not is_outside(word)]
+    return frozenset(path for path in manifest if path.startswith(scope.prefix) and any(
+        segments_match(decoded(path[len(scope.prefix):]).split("/"), glob) for glob in globs))
+
+
+def share_layer(run: Run) -> Layer:
+    """Copy the shared folders of the user's work tree; they are sealed with everything else."""
+    layer = Layer()
+    for name in run.config.loop.share:
+        root = os.fsencode(run.user.top)
+        below = run.scope.prefix + name.encode()
+        rows = [(below, os.lstat(os.path.join(root, below))), *scan(root, below)]
+        layer.add(take_layer(root, os.fsencode(os.path.join(run.tmp, "share")), rows))
+    return layer
+
+
+def write_skeleton(run: Run) -> None:
+    """Lay out the base's .gitignore files alone, for its ignore rules."""
+    root = os.path.join(run.tmp, "ignore")
+    os.makedirs(root)
+    for path, entry in run.base.manifest.items():
+        if path.split(b"/")[-1] == b".gitignore" and entry.mode in (PLAIN, EXECUTABLE):
+            full = os.path.join(os.fsencode(root), path)
+            os.makedirs(os.path.dirname(full), exist_ok=True)
+            with open(full, "wb") as stream:
+                stream.write(run.store.repo.git("cat-file", "blob", entry.oid))
+
+
+def run_setup(run: Run) -> None:
+    """Run `setup` once, on the base; what it leaves belongs to the pristine tree from then on."""
+    setup = run.config.metric.setup
+    if not setup:
+        return
+    room = make_cleanroom(run, 0)
+    run.terminal.doing("setup")
+    gauge = Gauge("setup", setup, max(run.config.metric.timeout, 3600.0), numeric=False)
+    room.learning = True
+    found = room.measure(gauge, run.base.manifest, 0)
+    if found.reason:
+        raise Refused(f"setup: {found.reason.value}: {found.detail}; it must exit 0 and leave tracked "
+                      f"files alone. The end of its output:\n{fenced_text(found.tail)}")
+    rows = [(change.path, change.status) for change in room.tree.found
+            if change.kind in ("created", "folder_created") and change.status]
+    run.made = take_layer(room.tree.root, os.fsencode(os.path.join(run.tmp, "setup")), rows)
+    run.made.loose = set(run.made.entries)
+    remove_tree(os.fsdecode(room.tree.root))
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the base measures: all samples, guards' samples, the holdout, and the runs' seconds."""
+
+    samples: List[float]
+    name: str
+    seconds: List[float]
+    guards: Dict[str, List[float]]
+    holdout: Optional[float]
+
+    @property
+    def value(self) -> float:
+        """Return the number that stands for the baseline."""
+        return median(self.samples)
+
+
+def take_baseline(run: Run, gate: Gate) -> Optional[Baseline]:
+    """Measure the base 3 times, 5 if the runs differ; then its guards, holdout and canary."""
+    run_setup(run)
+    room = make_cleanroom(run, 0)
+    run.rooms = [room]
+    room.learning = True
+    seconds: List[float] = []
+    gauge = metric_gauge(run.config)
+    samples, name = sample(run, gauge, gate, "metric", seconds)
+    if not samples:
+        return None
+    exact = len(set(samples)) == 1
+    shown = f"{name} = {format_number(median(samples))}"
+    if exact:
+        gate.ok("metric", f"{shown}, the same in {len(samples)} runs; "
+                f"{format_seconds(median(seconds))} each")
+    else:
+        gate.ok("metric", f"{shown} in the middle of {len(samples)} runs, from "
+                f"{format_number(min(samples))} to {format_number(max(samples))}; "
+                f"{format_seconds(median(seconds))} each")
+    guards: Dict[str, List[float]] = {}
+    for guard in run.config.guards:
+        run.terminal.doing(f"baseline: guard {guard.name}")
+        if guard.pattern:
+            guards[guard.name], _ = sample(run, guard_gauge(guard), gate, f"guard {guard.name}", [])
+        else:
+            found = run.measure(guard_gauge(guard), run.base, 0, fresh_seed())
+            if found.reason:
+                gate.fail(f"guard {guard.name}", f"does not hold on the baseline: "
+                          f"{found.reason.value}: {found.detail}; mend it first" + quoted_tail(found))
+                continue
+        gate.ok("guard", f"{guard.name} holds on the baseline")
+    holdout = holdout_baseline(run, gate)
+    room.learning = False
+    if run.config.metric.canary:
+        check_canary(run, gate, samples)
+    return Baseline(samples, name, seconds, guards, holdout)
+
+
+def sample(run: Run, gauge: Gauge, gate: Gate, label: str, seconds: List[float]
+           ) -> Tuple[List[float], str]:
+    """Measure the base until the noise is known; on a failure add it to the gate, return nothing."""
+    samples: List[float] = []
+    name = ""
+    while not baseline_is_complete(samples):
+        run.terminal.doing(f"baseline: {label}, run {len(samples) + 1}")
+        found = run.measure(gauge, run.base, 0, fresh_seed(), seconds)
+        if found.value is None:
+            reason = found.reason.value if found.reason else "no number"
+            gate.fail(label, f"{reason}: {found.detail}; run it by hand in a fresh clone and mend it"
+                      + quoted_tail(found))
+            return [], ""
+        samples.append(found.value)
+        name = found.name
+    return samples, name
+
+
+def quoted_tail(found: Measurement) -> str:
+    """Return the end of a failed run's output, indented under its message."""
+    return f"\n{fenced_text(found.tail, 1000)}" if found.tail.strip() else ""
+
+
+def holdout_baseline(run: Run, gate: Gate) -> Optional[float]:
+    """Measure the holdout on the base."""
+    gauge = holdout_gauge(run.config)
+    if not gauge:
+        return None
+    run.terminal.doing("baseline: holdout")
+    found = run.measure(gauge, run.base, 0, fresh_seed())
+    if found.value is None:
+        reason = found.reason.value if found.reason else "no number"
+        gate.fail("holdout", f"{reason}: {found.detail}; mend it" + quoted_tail(found))
+        return None
+    gate.ok("holdout", f"{found.name} = {format_number(found.value)}, shown to no agent")
+    return found.value
+
+
+def check_canary(run: Run, gate: Gate, samples: Sequence[float]) -> None:
+    """Refuse a metric that does not see a change which must make it worse."""
+    config = run.config
+    scratch = make_tree(run, "canary", [run.shared, run.made])
+    scratch.make_pristine(run.base.manifest)
+    cwd = os.path.join(os.fsdecode(scratch.root), os.fsdecode(run.scope.prefix))
+    word = os.path.join(config.folder, config.metric.canary[0])
+    if len(config.metric.canary) == 1 and os.path.isfile(word) and word.endswith((".patch", ".diff")):
+        try:
+            dataclasses.replace(run.store.repo, git_dir="", cwd=cwd).git("apply", word)
+        except GitFailed as error:
+            gate.fail("canary", f"the patch does not apply ({error}); make it anew")
+            return
+    else:
+        argv = resolve_command(config.metric.canary, cwd)
+        capture = Capture()
+        ended = run_fenced(run.fence_of([os.fsdecode(scratch.root), run.tmp], "canary"), argv,
+                           cwd=cwd, env=metric_environment(config), sink=capture, watch=run.watch,
+                           timeout=config.metric.timeout)
+        if ended.status:
+            gate.fail("canary", f"its command failed ({ended.describe()}); mend it")
+            return
+    changes = [change for change in scratch.inspect() if not change.kind.startswith("folder")
+               and change.path not in scratch.layer.entries]
+    candidate = make_candidate(run, read_edits(scratch, changes, 1 << 30), run.base, run.user.head)
+    duel_canary(run, gate, candidate, samples)
+    remove_tree(os.fsdecode(scratch.root))
+
+
+def duel_canary(run: Run, gate: Gate, canary: Snapshot, samples: Sequence[float]) -> None:
+    """Let the base and the canary fight: it must lose."""
+    gauge, sign = metric_gauge(run.config), run.config.sign
+    run.terminal.doing("canary")
+
+    def pair() -> Tuple[float, Optional[float]]:
+        seed, coins = fresh_seed(), os.urandom(1)[0]
+        room = coins >> 1 & 1
+        order = [(run.base, room), (canary, 1 - room)]
+        values = {}
+        for snapshot, place in order[::-1] if coins & 1 else order:
+            found = run.measure(gauge, snapshot, place, seed)
+            values[snapshot.tree] = None if found.value is None else sign * found.value
+        base = values[run.base.tree]
+        if base is None:
+            raise MetricBroken("metric: fails on the baseline, which it measured before")
+        return base, values[canary.tree]
+
+    duel = worse_duel(pair, [sign * value for value in samples], 0.0, lambda: False)
+    if duel.outcome is Reason.BETTER:
+        gate.ok("canary", f"the metric sees it ({len(duel.pairs)} pairs)")
+    elif duel.outcome is Reason.NOISE_FAILED:
+        gate.fail("canary", "the metric crashes on it; choose one that makes the number worse")
+    else:
+        gate.fail("canary", f"the metric does not see it ({len(duel.pairs)} pairs, odds "
+                  f"{duel.odds:.2g}); it would not see a gain either: repair the metric")
+
+
+# ══ run and resume ═══════════════════════════════════════════════════════════════════════════════
+
+def run_command(config: Config, options: Options, terminal: Terminal, watch: Watch) -> int:
+    """Run a loop from its start, or go on with it; return the exit code."""
+    lock = StateLock(config.state_folder)
+    lock.acquire()
+    begun = os.path.exists(os.path.join(config.state_folder, "ledger.jsonl"))
+    try:
+        stale = lock.left_behind()
+        if stale:
+            remove_tree(stale)
+        with temporary_folder() as tmp:
+            lock.note(tmp)
+            user = open_user_repository(find_git(), private_home(tmp), config.folder)
+            if options.new and begun:
+                set_aside(config, user)
+                begun = False
+            run = resume(config, options, user, tmp, terminal, watch) if begun \
+                else start(config, user, tmp, terminal, watch)
+            begun = True
+            return carry_on(run) if run else 0
+    finally:
+        lock.release(undo=not begun)
+
+
+def carry_on(run: Run) -> int:
+    """Run the loop to its stop, close the record, and say what came of it."""
+    if run.ledger is None:
+        return 1
+    try:
+        reason = run_loop(run)
+    except Interrupted as error:
+        run.terminal.say(str(error))
+        reason = "interrupted"
+    except (StoreDamaged, GitFailed) as error:
+        run.terminal.say(f"void: {error}")
+        void(run, Reason.STORE, str(error))
+        reason = "store"
+    except MetricBroken as error:
+        run.terminal.say(f"failed: {error}")
+        reason = "failed"
+    try:
+        closing = measure_closing(run) if reason in FINAL_STOPS else {}
+    except (Interrupted, MetricBroken) as error:
+        run.terminal.say(f"no closing comparison: {error}")
+        closing = {}
+    run.record("stop", reason=reason, elapsed=round(run.elapsed(), 3), closing=closing,
+               best=run.state.best, baseline=run.state.baseline, tip=run.state.tip)
+    if reason != "store":
+        publish(run)
+    run.terminal.say(format_summary(run.config, run.state, run.ledger.head, run.ledger.records,
+                                    reason, format_closing(closing)))
+    run.ledger.close()
+    return STOP_EXIT.get(reason, 0)
+
+
+def void(run: Run, reason: Reason, detail: str) -> None:
+    """Record an iteration that is not data: the machine's fault or our own."""
+    work = run.work or Work(run.state.iterations + 1, "")
+    if work.n != run.state.iterations + 1:
+        return
+    run.work = work
+    settle(run, work, Known(), Decision(VERDICT_OF[reason], reason, detail))
+
+
+def measure_closing(run: Run) -> Dict[str, Any]:
+    """Measure baseline against best anew, in pairs that decide nothing: what was really won."""
+    if run.state.noise.exact or not run.state.keeps:
+        return {}
+    gauge, pairs = metric_gauge(run.config), []
+    for number in range(7):
+        run.terminal.doing(f"closing comparison, pair {number + 1} of 7")
+        seed, coins = fresh_seed(), os.urandom(1)[0]
+        order = [(run.base, coins & 1), (run.incumbent, 1 - (coins & 1))]
+        values = {}
+        for snapshot, room in order[::-1] if coins & 2 else order:
+            values[snapshot.tree] = run.measure(gauge, snapshot, room, seed).value
+        row = (values[run.base.tree], values[run.incumbent.tree])
+        if None not in row:
+            pairs.append(row)
+    if len(pairs) < 5:
+        return {}
+    gain = closing_gain([(run.config.sign * old, run.config.sign * new) for old, new in pairs])
+    return {"pairs": pairs, "gain": gain.median, "low": gain.low, "high": gain.high}
+
+
+def format_closing(closing: Dict[str, Any]) -> str:
+    """Return what the closing comparison found, in words."""
+    if not closing:
+        return ""
+    return (f"a gain of {format_number(closing['gain'])} (from {format_number(closing['low'])} to "
+            f"{format_number(closing['high'])}) in {len(closing['pairs'])} fresh pairs of baseline "
+            "and best")
+
+
+def start(config: Config, user: UserRepository, tmp: str, terminal: Terminal, watch: Watch) -> Run:
+    """Pass the gate, open the ledger with `start` and `baseline`, and return the run."""
+    secret = ledger_secret()
+    gate = Gate()
+    run, baseline = pass_gate(gate, config, user, config.state_folder, tmp, terminal, watch)
+    gate.demand()
+    if run is None or baseline is None:
+        raise Refused("gate: nothing could be measured")
+    for row in gate.rows:
+        if row.state == "notice":
+            terminal.say(f"notice  {row.name}: {row.text}")
+    run.ledger = Ledger(os.path.join(run.folder, "ledger.jsonl"), secret)
+    run.record("start", config=config.resolved(), config_sha256=config.digest, base=user.head,
+               tree=run.base.tree, branch=user.branch,
+               prefix=shown_path(run.scope.prefix), keyed=secret is not None,
+               lfs=sorted(shown_path(path) for path in run.lfs), **environment_record(run))
+    run.record("baseline", samples=baseline.samples, value=baseline.value, name=baseline.name,
+               metric_seconds=baseline.seconds, guards=baseline.guards, holdout=baseline.holdout)
+    terminal.say(f"baseline     {baseline.name} = {format_number(baseline.value)}   "
+                 f"{len(baseline.samples)} runs, {'exact' if run.state.noise.exact else 'noisy'}; "
+                 f"isolation {run.isolation.level}")
+    return run
+
+
+def pass_gate(gate: Gate, config: Config, user: UserRepository, folder: str, tmp: str,
+              terminal: Terminal, watch: Watch) -> Tuple[Optional[Run], Optional[Baseline]]:
+    """Check every condition of a new run in `folder`; the metric runs only if the rest holds."""
+    gate.ok("config", f"{os.path.basename(config.path)} ({config.loop.name})")
+    gate.ok("git", f"{user.top} ({user.algorithm})")
+    anchor = user.repo.ref(config.anchor_ref)
+    scope, argv, _ = look_around(gate, config, user, [user.head], user.head, fresh=True)
+    if anchor:
+        gate.fail("record", f"{config.anchor_ref} holds the ledger of an earlier run whose "
+                  " state folder is gone; give this one another [loop] name, or remove the ref")
+    if any(row.state == "FAILED" for row in gate.rows):
+        return None, None
+    try:
+        terminal.doing("preparing")
+        store = create_store(os.path.join(folder, "store.git"), user)
+        run = open_run(gate, config, user, store, folder, tmp, watch, terminal, scope, argv,
+                       user.head, user.head)
+        if any(row.state == "FAILED" for row in gate.rows):
+            return None, None
+        return run, take_baseline(run, gate)
+    except Refused as error:
+        name, _, text = str(error).partition(": ")
+        gate.fail(name, text)
+        return None, None
+
+
+def environment_record(run: Run) -> Dict[str, Any]:
+    """Return what a session ran with: seals, versions, isolation."""
+    sealed = ((path, entry) for path, entry in run.base.manifest.items()
+              if not run.scope.holds(path))
+    with open(os.path.abspath(__file__), "rb") as stream:
+        own = hashlib.sha256(stream.read()).hexdigest()
+    return {"seal_root": manifest_root(sealed), "outside_root": run.outside.root,
+            "outside": {shown_path(path): entry.digest.hex()
+                        for path, entry in sorted(run.outside.entries.items())[:1000]},
+            "share_root": manifest_root(run.shared.entries.items()), "tool_sha256": own,
+            "versions": {"scalarloop": __version__, "python": sys.version.split()[0],
+                         "git": run.store.repo.line("--version"), "platform": sys.platform},
+            "isolation": run.isolation.as_record(), "agent": run.agent}
+
+
+def resume(config: Config, options: Options, user: UserRepository, tmp: str, terminal: Terminal,
+           watch: Watch) -> Optional[Run]:
+    """Go on with a run from its ledger; return None when it is finished."""
+    secret = ledger_secret()
+    path = os.path.join(config.state_folder, "ledger.jsonl")
+    state, torn, last = State(), [], None
+    for last in read_ledger(path, secret, torn):
+        state.advance(last)
+    if last is None or state.baseline is None:
+        raise RecordBroken(f"ledger: {path} holds no baseline; start a new run with --new")
+    cut_torn_line(path, torn)
+    limits, others = changed_keys(state.config, config.resolved())
+    if others:
+        raise Refused(f"config: {', '.join(others)} changed since the run began; change it back, or "
+                      "begin anew with --new")
+    if options.more:
+        config = dataclasses.replace(config, loop=dataclasses.replace(
+            config.loop, iterations=state.iterations + options.more))
+    if state.stopped in FINAL_STOPS and not options.more and stop_reason(config, state, state.elapsed):
+        terminal.say(format_summary(config, state, last["hash"], last["seq"] + 1, state.stopped, ""))
+        terminal.say("this run is finished; --more N goes on with it, --new begins anew")
+        return None
+    anchored = check_anchor(user, config, path, secret)
+    gate = Gate()
+    tips = [state.base, *(commit for _, commit, _ in state.keeps)]
+    scope, argv, _ = look_around(gate, config, user, tips, state.base, fresh=False)
+    gate.demand()
+    store = Store(dataclasses.replace(user.repo, git_dir=os.path.join(config.state_folder, "store.git"),
+                                      work_tree="", cwd=config.state_folder))
+    if not os.path.isdir(store.repo.git_dir):
+        raise StoreDamaged(f"store: {store.repo.git_dir} is gone; begin anew with --new")
+    run = open_run(gate, config, dataclasses.replace(user, head=state.base), store,
+                   config.state_folder, tmp, watch, terminal, scope, argv, state.base, state.tip)
+    gate.demand()
+    now = environment_record(run)
+    for name in ("seal_root", "outside_root", "share_root"):
+        if now[name] != state.start[name]:
+            raise Refused(f"seal: {name} is not what it was when the run began (an interpreter, shared "
+                          "folder or sealed file changed); put it back, or begin anew with --new")
+    run.state, run.anchor = state, anchored
+    run.elapsed_before = state.elapsed
+    run_setup(run)
+    learn_folders(run)
+    run.ledger = Ledger(path, secret, last["seq"] + 1, last["hash"])
+    run.record("resume", config=config.resolved(), limits=limits, more=options.more, **now)
+    terminal.say(f"resuming     after #{state.iterations}, best {format_number(state.best)} "
+                 f"(baseline {format_number(state.baseline)}); isolation {run.isolation.level}")
+    publish(run)
+    return run
+
+
+def learn_folders(run: Run) -> None:
+    """See again which folders the commands touch, on the base; the numbers are not used."""
+    room = make_cleanroom(run, 0)
+    run.rooms = [room]
+    room.learning = True
+    gauges = [metric_gauge(run.config), *map(guard_gauge, run.config.guards)]
+    holdout = holdout_gauge(run.config)
+    for gauge in gauges + ([holdout] if holdout else []):
+        run.terminal.doing(f"looking at {gauge.key} again")
+        run.measure(gauge, run.base, 0, fresh_seed())
+    room.learning = False
+
+
+def check_anchor(user: UserRepository, config: Config, path: str, secret: Optional[bytes]) -> str:
+    """Compare the ledger with its anchor in the user's repository; return the anchor's commit.
+
+    Raises RecordBroken when the ledger is shorter than its anchor or not the one that it names.
+    """
+    ref = config.anchor_ref
+    commit = user.repo.ref(ref)
+    if not commit:
+        return ""
+    text = user.repo.git("cat-file", "commit", commit).decode("utf-8", "replace")
+    found = re.search(r"^seq ([0-9]+) hash ([0-9a-f]{64})$", text, re.MULTILINE)
+    if not found:
+        raise RecordBroken(f"{ref} is not an anchor that this program wrote")
+    for record in read_ledger(path, secret, []):
+        if record["seq"] == int(found[1]):
+            if record["hash"] == found[2]:
+                return commit
+            raise RecordBroken(f"ledger: record {found[1]} is not the one that {ref} names; an older "
+                               f"or other ledger was put in place (git show {ref}:ledger.jsonl)")
+    raise RecordBroken(f"ledger: its tail was cut: {ref} names record {found[1]}, which is not there "
+                       f"(git show {ref}:ledger.jsonl)")
+
+
+def set_aside(config: Config, user: UserRepository) -> None:
+    """Keep the old state folder, branch and anchor under numbered names; a new run may begin."""
+    folder, name, branch = config.state_folder, config.loop.name, config.loop.branch
+    number = next(n for n in range(1, 10_000) if not os.path.lexists(f"{folder}.{n}"))
+    moves = [(f"refs/heads/{branch}", f"refs/heads/{branch}.{number}"),
+             (config.anchor_ref, f"refs/scalarloop/{name}.{number}/ledger")]
+    for old, new in moves:
+        at = user.repo.ref(old)
+        if at:
+            move_ref(user, new, at, "")
+            user.repo.git("update-ref", "-d", old, at)
+    os.mkdir(f"{folder}.{number}", 0o700)
+    for entry in os.listdir(folder):
+        if entry != "lock":
+            os.rename(os.path.join(folder, entry), os.path.join(f"{folder}.{number}", entry))
+
+
+# ══ verify ═══════════════════════════════════════════════════════════════════════════════════════
+
+@dataclass
+class Findings:
+    """What a verification found: errors break the record, warnings are for a person to weigh."""
+
+    errors: List[str] = field(default_factory=list)
+    warnings: List[str] = field(default_factory=list)
+    checked: List[str] = field(default_factory=list)
+
+
+def verify_command(config: Config, options: Options, terminal: Terminal, watch: Watch) -> int:
+    """Re-check a run from its ledger and the repository alone; return the exit code."""
+    path = os.path.join(config.state_folder, "ledger.jsonl")
+    if not os.path.exists(path):
+        raise Refused(f"verify: there is no ledger at {path}; run the loop first")
+    findings = Findings()
+    with temporary_folder() as tmp:
+        user = open_user_repository(find_git(), private_home(tmp), config.folder)
+        state = verify_ledger(config, user, path, findings)
+        if state:
+            verify_repository(config, user, state, findings)
+        if state and options.replay and not findings.errors:
+            replay(config, user, state, tmp, terminal, watch, findings)
+    for text in findings.checked:
+        terminal.say(f"ok       {text}")
+    for text in findings.warnings:
+        terminal.say(f"warning  {text}")
+    for text in findings.errors:
+        terminal.say(f"BROKEN   {text}")
+    terminal.say("verified: the record is whole" if not findings.errors else
+                 "the record is broken")
+    return RecordBroken.exit_code if findings.errors else 0
+
+
+def verify_ledger(config: Config, user: UserRepository, path: str, findings: Findings
+                  ) -> Optional[State]:
+    """Check chain, order, arithmetic and anchor; return the state, or None past the first break."""
+    state, last = State(), ""
+    try:
+        for record in read_ledger(path, ledger_secret(), strict=True):
+            if record["time"] < last:
+                findings.warnings.append(f"record {record['seq']}: the clock went backwards")
+            last = record["time"]
+            if record["type"] == "iteration" and record["n"] != state.iterations + 1:
+                raise RecordBroken(f"record {record['seq']}: iteration {record['n']} does not follow "
+                                   f"{state.iterations}")
+            try:
+                state.advance(record)
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+                raise RecordBroken(f"record {record['seq']}: lacks or mistakes a field "
+                                   f"({error})") from None
+        if state.baseline is None:
+            raise RecordBroken("ledger: holds no start and baseline")
+        check_anchor(user, config, path, ledger_secret())
+    except RecordBroken as error:
+        findings.errors.append(str(error))
+        return None
+    findings.checked.append(f"chain of {state.iterations} iterations, {len(state.keeps)} keeps, "
+                            f"{state.sessions} sessions")
+    limits, others = changed_keys(state.config, config.resolved())
+    if limits or others:
+        findings.warnings.append("loop.ini differs from the run's: " + ", ".join(limits + others))
+    with open(os.path.abspath(__file__), "rb") as stream:
+        if hashlib.sha256(stream.read()).hexdigest() != state.start["tool_sha256"]:
+            findings.warnings.append("this scalarloop.py is not the one that began the run")
+    return state
+
+
+def verify_repository(config: Config, user: UserRepository, state: State, findings: Findings) -> None:
+    """Check branch, kept commits, their anchors, scope and seal against the ledger."""
+    recorded = dataclasses.replace(config, loop=dataclasses.replace(
+        config.loop, scope=tuple(state.config["loop"]["scope"]),
+        seal=tuple(state.config["loop"]["seal"]), ignore=tuple(state.config["loop"]["ignore"])))
+    scope = make_scope(recorded, user.prefix)
+    branch = state.config["loop"]["branch"]
+    at = user.repo.ref(f"refs/heads/{branch}")
+    if state.keeps and at != state.tip:
+        findings.errors.append(f"branch {branch} is at {at[:12] or 'nothing'}, the ledger says "
+                               f"{state.tip[:12]}")
+        return
+    if not user.repo.ref(f"{state.base}^{{commit}}"):
+        findings.errors.append(f"base commit {state.base[:12]} is not in this repository")
+        return
+    store, parent = Store(user.repo), state.base
+    for n, commit, value in state.keeps:
+        problem = commit_problem(store, scope, state, parent, commit, n, value)
+        if problem:
+            findings.errors.append(f"commit {commit[:12]} of #{n}: {problem}")
+            return
+        parent = commit
+    findings.checked.append(f"branch {branch}: every commit in scope, anchored, in order")
+    verify_seals(config, user, state, scope, findings)
+
+
+def commit_problem(store: Store, scope: Scope, state: State, parent: str, commit: str, n: int,
+                   value: float) -> str:
+    """Return what is wrong with one kept commit, or ""."""
+    try:
+        text = store.repo.git("cat-file", "commit", commit).decode("utf-8", "replace")
+        rows = store.repo.git("diff-tree", "-r", "-z", "--raw", "--no-renames", parent, commit)
+    except GitFailed as error:
+        return str(error)
+    parents = re.findall(r"^parent ([0-9a-f]+)$", text.partition("\n\n")[0], re.MULTILINE)
+    if parents != [parent]:
+        return "its parent is not the keep before it"
+    seq, prev = state.anchors[commit]
+    if f"\nScalar-Loop-Ledger: {seq} {prev}\n" not in text:
+        return f"its trailer does not name record {seq} of this ledger"
+    if f"\nScalar-Loop-Iteration: {n}\n" not in text \
+            or f"\nScalar-Loop-Metric: {state.metric_name}={value!r}\n" not in text:
+        return "its trailers do not say what the ledger says"
+    fields = rows.split(b"\0")
+    for meta, path in zip(fields[0::2], fields[1::2]):
+        new_mode = int(meta.split(b" ")[1], 8)
+        if not scope.holds(path) or new_mode not in (0, PLAIN, EXECUTABLE):
+            return f"{shown_path(path)} is outside the scope"
+    return ""
+
+
+def verify_seals(config: Config, user: UserRepository, state: State, scope: Scope,
+                 findings: Findings) -> None:
+    """Recompute the seal's root from git, and look at sealed files outside the tree."""
+    store = Store(user.repo)
+    marked = set(state.start["lfs"])
+    for commit, label in ((state.base, "base"), (state.tip, "tip")):
+        listed = store.list_tree(commit)
+        lfs = frozenset(path for path in listed if shown_path(path) in marked)
+        try:
+            manifest = take_manifest(store, commit, lfs)
+        except (StoreDamaged, GitFailed) as error:
+            findings.errors.append(f"{label} {commit[:12]}: {error}")
+            return
+        root = manifest_root((path, entry) for path, entry in manifest.items()
+                             if not scope.holds(path))
+        if root != state.start["seal_root"]:
+            findings.errors.append(f"{label} {commit[:12]}: sealed files are not those of the start")
+            return
+    findings.checked.append("seal: the sealed files of base and tip are those of the start")
+    for path, digest in state.start["outside"].items():
+        try:
+            status = os.lstat(path)
+            same = entry_of(os.fsencode(path), status).digest.hex() == digest
+        except OSError:
+            same = False
+        if not same:
+            findings.warnings.append(f"sealed outside the tree: {path} is not here as it was")
+
+
+def replay(config: Config, user: UserRepository, state: State, tmp: str, terminal: Terminal,
+           watch: Watch, findings: Findings) -> None:
+    """Measure the base and every keep again, from git alone, in fresh cleanrooms."""
+    user = dataclasses.replace(user, head=state.tip)
+    store = Store(user.repo)
+    scope = make_scope(config, user.prefix)
+    os.mkdir(os.path.join(tmp, "state"), 0o700)
+    run = open_run(Gate(), config, user, store, os.path.join(tmp, "state"), tmp, watch, terminal,
+                   scope, resolve_command(config.metric.command, config.folder), state.base,
+                   state.tip)
+    run.state = state
+    run_setup(run)
+    learn_folders(run)
+    gauge = metric_gauge(config)
+    spread = 0.0 if state.noise.exact else 4 * sigma(state.noise.differences)
+    rows = [(0, state.base, state.baseline or 0.0), *state.keeps]
+    for n, commit, value in rows:
+        snapshot = Snapshot(store.repo.line("rev-parse", f"{commit}^{{tree}}"),
+                            take_manifest(store, commit, run.lfs))
+        runs = 1 if state.noise.exact else 5
+        found = [run.measure(gauge, snapshot, 0, fresh_seed()) for _ in range(runs)]
+        values = [one.value for one in found if one.value is not None]
+        label = "baseline" if n == 0 else f"#{n}"
+        if len(values) < len(found):
+            findings.warnings.append(f"replay {label}: fails here ({found[0].detail})")
+        elif abs(median(values) - value) <= spread:
+            findings.checked.append(f"replay {label}: {format_number(median(values))}, "
+                                    + ("exactly" if state.noise.exact else "within the noise"))
+        else:
+            findings.warnings.append(f"replay {label}: {format_number(median(values))}, recorded "
+                                     f"{format_number(value)}")
+
+
+# ══ command line ═════════════════════════════════════════════════════════════════════════════════
+
+USAGE = """usage: python scalarloop.py [COMMAND] loop.ini [options]
+
+  (none)     run the loop, or go on with one that was interrupted
+  check      pass the gate alone, and print it as a table
+  verify     re-check ledger, branch and seals     --replay: measure every keep again
+  status     say where the run stands
+  prompt     print the exact next prompt
+
+options: --more N  go on for N more iterations    --new  begin anew, the old run is kept beside it
+         --help    this text                      --version
+
+exit: 0 finished, 1 failed, 2 refused, 3 paused for a check-in, 4 record broken, 130 interrupted"""
+
+
+class temporary_folder:
+    """A private 0700 folder outside the project; removed at the end, whatever is in it."""
+
+    def __enter__(self) -> str:
+        self.path = os.path.realpath(tempfile.mkdtemp(prefix="scalarloop-"))
+        return self.path
+
+    def __exit__(self, *error: Any) -> None:
+        remove_tree(self.path)
+
+
+def private_home(tmp: str) -> str:
+    """Make the HOME of every git call: it only says that any owner's repository may be read."""
+    home = os.path.join(tmp, "home")
+    os.makedirs(home, exist_ok=True)
+    with open(os.path.join(home, ".gitconfig"), "wb") as stream:
+        stream.write(b"[safe]\n\tdirectory = *\n")
+    return home
+
+
+def check_command(config: Config, options: Options, terminal: Terminal, watch: Watch) -> int:
+    """Pass the gate of a new run in a temporary folder; nothing is left behind."""
+    gate = Gate()
+    with temporary_folder() as tmp:
+        try:
+            user = open_user_repository(find_git(), private_home(tmp), config.folder)
+            folder = os.path.join(tmp, "state")
+            os.mkdir(folder, 0o700)
+            pass_gate(gate, config, user, folder, tmp, terminal, watch)
+        except Refused as error:
+            name, _, text = str(error).partition(": ")
+            gate.fail(name, text)
+    terminal.say(gate.table())
+    failed = sum(row.state == "FAILED" for row in gate.rows)
+    terminal.say(f"refused: {failed} conditions do not hold" if failed else "the gate is passed")
+    return Refused.exit_code if failed else 0
+
+
+def read_state(config: Config) -> Tuple[State, Record]:
+    """Return the state of a run and its last record; refuse when there is none."""
+    path = os.path.join(config.state_folder, "ledger.jsonl")
+    if not os.path.exists(path):
+        raise Refused(f"status: there is no run yet at {config.state_folder}; start one")
+    state, last = State(), {}
+    for last in read_ledger(path, ledger_secret(), []):
+        state.advance(last)
+    return state, last
+
+
+def status_command(config: Config, options: Options, terminal: Terminal, watch: Watch) -> int:
+    """Say where a run stands."""
+    state, last = read_state(config)
+    terminal.say(format_summary(config, state, last["hash"], last["seq"] + 1,
+                                state.stopped or "not stopped", ""))
+    return 0
+
+
+def prompt_command(config: Config, options: Options, terminal: Terminal, watch: Watch) -> int:
+    """Print the exact next prompt: of the run, or of a new one before its first turn."""
+    path = os.path.join(config.state_folder, "ledger.jsonl")
+    state = read_state(config)[0] if os.path.exists(path) else State()
+    goal = config.loop.goal
+    if config.loop.program:
+        try:
+            with open(os.path.join(config.folder, config.loop.program), "rb") as stream:
+                goal = stream.read().decode("utf-8", "replace")
+        except OSError as error:
+            raise Refused(f"program: {config.loop.program} can't be read ({error.strerror}); "
+                          "create and commit it") from None
+    terminal.say(build_prompt(config, state, goal).rstrip("\n"))
+    return 0
+
+
+COMMANDS: Dict[str, Callable[[Config, Options, Terminal, Watch], int]] = {
+    "run": run_command, "check": check_command, "verify": verify_command,
+    "status": status_command, "prompt": prompt_command}
+
+
+def parse_arguments(arguments: Sequence[str]) -> Tuple[str, str, Options]:
+    """Return (command, path of loop.ini, options); raise Refused with what is wrong."""
+    words, flags = [], {"more": 0, "new": False, "replay": False}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word in ("--new", "--replay"):
+            flags[word[2:]] = True
+        elif word == "--more":
+            count = rest.pop(0) if rest else ""
+            try:
+                flags["more"] = parse_count(count)
+            except ValueError as error:
+                raise Refused(f"--more: {count!r} can't be used (expected {error})") from None
+        elif word.startswith("-"):
+            raise Refused(f"{printable(word)}: unknown option; see --help")
+        else:
+            words.append(word)
+    command = words.pop(0) if len(words) > 1 and words[0] in COMMANDS else "run"
+    if len(words) != 1:
+        known = ", ".join(COMMANDS)
+        raise Refused(f"expected [COMMAND] loop.ini, got {printable(' '.join(arguments)) or 'nothing'}"
+                      f" (commands: {known}; see --help)")
+    if words[0] in COMMANDS and not os.path.exists(words[0]):
+        raise Refused(f"{words[0]}: of which loop.ini? (python scalarloop.py {words[0]} loop.ini)")
+    return command, words[0], Options(**flags)  # type: ignore[arg-type]
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Run the command line; return the exit code. The one place that handles errors."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if "--help" in arguments or "-h" in arguments:
+        print(USAGE)
+        return 0
+    if "--version" in arguments:
+        print(f"scalarloop {__version__}")
+        return 0
+    terminal = Terminal(sys.stdout)
+    watch = Watch(terminal.tick)
+    try:
+        command, path, options = parse_arguments(arguments)
+        config = load_config(path)
+        watch.listen()
+        return COMMANDS[command](config, options, terminal, watch)
+    except ScalarLoopError as error:
+        return complain(terminal, str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return complain(terminal, "interrupted", Interrupted.exit_code)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        return complain(terminal, f"the machine failed: {error.strerror or error}{where}; what was "
+                        "recorded is safe, make room or mend it and start again", 1)
+
+
+def complain(terminal: Terminal, text: str, code: int) -> int:
+    """Print an error, a line each, to standard error; return its exit code."""
+    terminal.clear()
+    try:
+        for line in text.splitlines():
+            indent = "" if line.startswith(" ") else "scalarloop: "
+            print(indent + line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        pass
+    return code
+
+
+if __name__ == "__main__":
+    if sys.platform == "win32":
+        print("scalarloop: Windows is not supported; run it inside WSL", file=sys.stderr)
+        sys.exit(Refused.exit_code)
+    sys.exit(main())

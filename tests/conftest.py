@@ -1,0 +1,195 @@
+"""Fixtures shared by all tests: a pinned environment and real projects in temporary folders."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOL = ROOT / "scalarloop.py"
+sys.path.insert(0, str(ROOT))
+
+CONFIG: Dict[str, Dict[str, Any]] = {
+    "loop": {"goal": "Make value.txt smaller.", "scope": "src/**", "name": "t", "iterations": 1},
+    "agent": {"timeout": "30s", "rework": 0},
+    "metric": {"command": "python3 metric.py", "timeout": "30s"},
+    "isolation": {"level": "portable"},
+}
+METRIC = """
+    import pathlib
+    print("METRIC value=%s" % pathlib.Path("src/value.txt").read_text().strip())
+"""
+
+
+@pytest.fixture(autouse=True)
+def pinned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Make the user's own home, git configuration, language and time zone unusable."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TZ", "UTC")
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "SCALARLOOP_LEDGER_KEY",
+                 "PYTHONDONTWRITEBYTECODE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+class Project:
+    """A user's repository with a loop.ini: `src/value.txt` holds the number that is measured."""
+
+    def __init__(self, root: Path, tmp: Path):
+        self.root, self.tmp = root, tmp
+        self.config: Dict[str, Dict[str, Any]] = {k: dict(v) for k, v in CONFIG.items()}
+        self.python = sys.executable
+
+    def git(self, *args: str, check: bool = True, cwd: Optional[Path] = None) -> str:
+        """Run the real git in the user's repository."""
+        env = {**os.environ, "GIT_AUTHOR_DATE": "@1700000000 +0000",
+               "GIT_COMMITTER_DATE": "@1700000000 +0000"}
+        identity = ["-c", "user.name=user", "-c", "user.email=user@example.com",
+                    "-c", "commit.gpgsign=false", "-c", "init.defaultBranch=main"]
+        done = subprocess.run(["git", *identity, *args], cwd=cwd or self.root, env=env,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
+        if check and done.returncode:
+            raise AssertionError(f"git {args}: {done.stderr.decode(errors='replace')}")
+        return done.stdout.decode("utf-8", "surrogateescape").strip()
+
+    def write(self, path: str, text: str = "", mode: Optional[int] = None) -> Path:
+        """Write a file of the project, dedented."""
+        full = self.root / path
+        full.parent.mkdir(parents=True, exist_ok=True)
+        full.write_text(textwrap.dedent(text).lstrip("\n"), encoding="utf-8")
+        if mode is not None:
+            full.chmod(mode)
+        return full
+
+    def agent(self, source: str, name: str = "agent.py") -> Path:
+        """Make a Python program, outside the repository, the agent."""
+        path = self.tmp / name
+        path.write_text(textwrap.dedent(source).lstrip("\n"), encoding="utf-8")
+        self.config["agent"]["command"] = f"{self.python} {path}"
+        return path
+
+    def turns(self, *sources: str) -> None:
+        """Make each source the agent of one turn: the n-th plays iteration n, the last goes on."""
+        folder = self.tmp / "turns"
+        folder.mkdir(exist_ok=True)
+        for number, source in enumerate(sources, 1):
+            (folder / f"{number}.py").write_text(textwrap.dedent(source), encoding="utf-8")
+        self.agent(f"""
+            import os, runpy
+            n = min(int(os.environ["SCALARLOOP_ITERATION"]), {len(sources)})
+            runpy.run_path({str(folder)!r} + "/%d.py" % n, run_name="__main__")
+        """)
+        self.config["loop"].setdefault("patience", 1000)
+        self.config["loop"]["iterations"] = len(sources)
+
+    def save_config(self, path: str = "loop.ini") -> Path:
+        """Write loop.ini from `config`."""
+        lines: List[str] = []
+        for section, keys in self.config.items():
+            lines.append(f"[{section}]")
+            lines += [f"{key} = {value}" for key, value in keys.items()]
+        full = self.root / path
+        full.parent.mkdir(parents=True, exist_ok=True)
+        full.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return full
+
+    def commit(self, message: str = "change") -> str:
+        """Commit everything; return the commit."""
+        self.git("add", "-A")
+        self.git("commit", "-q", "--allow-empty", "-m", message)
+        return self.git("rev-parse", "HEAD")
+
+    def run(self, *args: str, config: bool = True, env: Optional[Dict[str, str]] = None,
+            timeout: float = 120, python: Optional[str] = None) -> "Result":
+        """Run `scalarloop.py ARGS loop.ini` as a user would."""
+        if config:
+            self.save_config()
+        words = list(args)
+        if not any(word.endswith(".ini") for word in words):
+            at = next((n for n, word in enumerate(words) if word.startswith("-")), len(words))
+            words.insert(at, "loop.ini")
+        done = subprocess.run([python or self.python, str(TOOL), *words], cwd=self.root,
+                              env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout)
+        return Result(done.returncode, done.stdout.decode("utf-8", "replace"),
+                      done.stderr.decode("utf-8", "replace"))
+
+    @property
+    def state(self) -> Path:
+        """Return the state folder."""
+        return self.root / ".scalarloop" / self.config["loop"]["name"]
+
+    def ledger(self) -> List[Dict[str, Any]]:
+        """Return the ledger's records."""
+        text = (self.state / "ledger.jsonl").read_text(encoding="ascii")
+        return [json.loads(line) for line in text.splitlines()]
+
+    def iterations(self) -> List[Dict[str, Any]]:
+        """Return the ledger's iteration records."""
+        return [record for record in self.ledger() if record["type"] == "iteration"]
+
+    def verdicts(self) -> List[str]:
+        """Return `verdict reason` of every iteration."""
+        return [f"{row['verdict']} {row['reason']}" for row in self.iterations()]
+
+    def fingerprint(self) -> Dict[str, str]:
+        """Return what a run must never change: work tree, index, HEAD, config, hooks, other refs."""
+        facts = {"HEAD": self.git("rev-parse", "HEAD"),
+                 "branch": self.git("symbolic-ref", "-q", "HEAD", check=False)}
+        for path in sorted(self.root.rglob("*")):
+            name = str(path.relative_to(self.root))
+            if name.split("/")[0] == ".scalarloop" or name.startswith(".git/") and \
+                    name.split("/")[1] not in ("config", "hooks", "index", "info", "HEAD"):
+                continue
+            if path.is_symlink():
+                facts[name] = "link " + os.readlink(path)
+            elif path.is_file():
+                facts[name] = f"{path.stat().st_mode:o} " + hashlib.sha256(
+                    path.read_bytes()).hexdigest()
+        refs = self.git("for-each-ref", "--format=%(refname) %(objectname)")
+        facts["refs"] = "\n".join(line for line in refs.splitlines() if "scalarloop" not in line)
+        return facts
+
+    def leftovers(self) -> List[str]:
+        """Return what a run left in the temporary folder."""
+        return sorted(os.listdir(os.environ["TMPDIR"]))
+
+
+class Result:
+    """How a run of the tool ended."""
+
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+    def __repr__(self) -> str:
+        return f"exit {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    """Return a committed project whose metric prints the number in src/value.txt (100)."""
+    root = tmp_path / "project"
+    root.mkdir()
+    made = Project(root, tmp_path)
+    made.git("init", "-q")
+    made.write("metric.py", METRIC)
+    made.write("src/value.txt", "100\n")
+    made.write("data/truth.txt", "sealed\n")
+    made.write(".gitignore", "__pycache__/\n*.pyc\n")
+    made.agent("pass")
+    made.save_config()
+    made.commit("start")
+    return made
