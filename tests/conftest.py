@@ -151,7 +151,7 @@ class Project:
                  "branch": self.git("symbolic-ref", "-q", "HEAD", check=False)}
         for path in sorted(self.root.rglob("*")):
             name = str(path.relative_to(self.root))
-            if name.split("/")[0] == ".scalarloop" or name.startswith(".git/") and \
+            if name.split("/")[0] in (".scalarloop", "loop.ini") or name.startswith(".git/") and \
                     name.split("/")[1] not in ("config", "hooks", "index", "info", "HEAD"):
                 continue
             if path.is_symlink():

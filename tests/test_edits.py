@@ -114,7 +114,7 @@ UNDERSTOOD: List[Tuple[str, str, str, str]] = [
     ("new file", f"FILE: src/deep/er/new.js\n```\n{NEW}```", "src/deep/er/new.js", NEW),
     ("emptied", "FILE: src/app.js\n```\n```\n", WHOLE, ""),
     ("one blank line", "FILE: src/app.js\n```\n\n```\n", WHOLE, "\n"),
-    ("the last of two drafts", whole("src/app.js") + "No:\n" + whole("src/app.js", NEW), WHOLE, NEW),
+    ("the last of two", whole("src/app.js") + "No:\n" + whole("src/app.js", NEW), WHOLE, NEW),
     ("illustration first", f"I'd use this:\n```js\nfoo()\n```\nFILE: src/app.js\n```\n{NEW}```",
      WHOLE, NEW),
     ("thoughts", "<think>\n" + whole("src/util.js") + "</think>\n" + whole("src/app.js", NEW),
@@ -138,7 +138,7 @@ UNDERSTOOD: List[Tuple[str, str, str, str]] = [
     ("diff", "```diff\n" + diff("@@ -1,3 +1,3 @@\n-const a = 1;\n+let a;\n const b = 2;\n"
                                 " function add() {\n```\n"), WHOLE,
      APP.replace("const a = 1;", "let a;")),
-    ("diff by git, wrong counts", "diff --git a/src/app.js b/src/app.js\nindex 1..2 100644\n" + diff(
+    ("diff by git, miscounted", "diff --git a/src/app.js b/src/app.js\nindex 1..2\n" + diff(
         "@@ -40,9 +40,99 @@ function\n   return a + b;\n-}\n+};\n\n"), WHOLE, APP[:-2] + "};\n"),
     ("diff without prefixes", "--- src/app.js\n+++ src/app.js\n@@ @@\n-const a = 1;\n+A\n", WHOLE,
      APP.replace("const a = 1;", "A")),
