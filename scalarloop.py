@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""scalarloop: run an untrusted coding agent against one sealed number, all night, and keep only what is truly better.
+"""scalarloop: run an untrusted coding agent against one sealed number; keep what is truly better.
 
     python scalarloop.py loop.ini            run, or go on with what was interrupted
     python scalarloop.py check loop.ini      the gate alone, as a table
@@ -59,6 +59,7 @@ import hashlib
 import hmac
 import json
 import math
+import mmap
 import os
 import re
 import select
@@ -277,6 +278,13 @@ def parse_samples(text: str) -> int:
     return int(text)
 
 
+def parse_not_yet(text: str) -> bool:
+    """Accept `no`; the feature is not yet supported."""
+    if text.lower() != "no":
+        raise ValueError("no; this is not yet supported")
+    return False
+
+
 def parse_workers(text: str) -> int:
     """Accept 1; more is not yet supported."""
     if text != "1":
@@ -488,7 +496,7 @@ class LoopOptions:
     give_ups: int = key(parse_count, 3, limit=True)
     failures: int = key(parse_count, 5, limit=True)
     check_in: Optional[int] = key(parse_count, None, limit=True)
-    simplify: bool = key(parse_bool, False)
+    simplify: bool = key(parse_not_yet, False)
     workers: int = key(parse_workers, 1)
     seed: int = key(parse_whole, 0)
     max_change: int = key(parse_size, 1 << 20)
@@ -750,8 +758,6 @@ def cross_check(config: Config, given: Dict[str, Dict[str, str]], shown: str) ->
          "[agent] max_cost: needs price_per_turn (expected both)"),
         (config.isolation.level != "external" or bool(metric.runner),
          "[isolation] level: external needs [metric] runner (expected the prefix that isolates)"),
-        (not loop.simplify or metric.confidence is not None,
-         "[loop] simplify: needs an exact metric (expected no confidence = none)"),
     ]
     problems = [f"{shown}: {text}" for holds, text in rules if not holds]
     for guard in config.guards:
@@ -1073,7 +1079,13 @@ def inherited(names: Iterable[str]) -> Dict[str, str]:
 
 
 def remove_tree(path: str) -> None:
-    """Delete a folder whatever an agent left in it: locked folders, names too deep for one path."""
+    """Delete a folder whatever an agent left in it: locked folders, names too deep for one path.
+
+    A link in its place is removed, never followed.
+    """
+    if os.path.islink(path) or os.path.isfile(path):
+        os.unlink(path)
+        return
     try:
         shutil.rmtree(path)
     except FileNotFoundError:
@@ -1083,6 +1095,41 @@ def remove_tree(path: str) -> None:
         for argv in (["chmod", "-R", "u+rwX", "--", path], ["rm", "-rf", "--", path]):
             program = shutil.which(argv[0], path=search_path()) or argv[0]
             run_program([program, *argv[1:]], **quiet)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def private_folder(parent: Optional[str] = None) -> Iterator[str]:
+    """Yield a new 0700 folder, removed at the end whatever was left in it."""
+    path = os.path.realpath(tempfile.mkdtemp(prefix="scalarloop-", dir=parent))
+    try:
+        yield path
+    finally:
+        remove_tree(path)
+
+
+def stamps_tell(folder: str) -> bool:
+    """Tell whether a write through a shared mapping shows in a file's stat signature here.
+
+    On tmpfs it does not when the page was read first: sealed bytes could change unseen.
+    """
+    with tempfile.NamedTemporaryFile(dir=folder) as probe:
+        probe.write(bytes(8))
+        probe.flush()
+        before = os.fstat(probe.fileno())
+        time.sleep(.012)
+        with mmap.mmap(probe.fileno(), 8) as view:
+            view[0:1] = bytes([view[0] + 1])
+        after = os.fstat(probe.fileno())
+    return (after.st_mtime_ns, after.st_ctime_ns) > (before.st_mtime_ns, before.st_ctime_ns)
+
+
+def work_folder() -> Optional[str]:
+    """Return where workspace and cleanrooms go: a file system whose stat signatures tell."""
+    if "TMPDIR" not in os.environ and not stamps_tell(tempfile.gettempdir()):
+        with contextlib.suppress(OSError):
+            if stamps_tell("/var/tmp"):
+                return "/var/tmp"
+    return None
 
 
 # ══ isolation ════════════════════════════════════════════════════════════════════════════════════
@@ -1909,6 +1956,12 @@ class Isolation:
     state: Tuple[str, ...]              # hidden from everybody: state folder and ledger key
     secrets: Tuple[str, ...]            # these, and the holdout's files
 
+    def summary(self, config: Config) -> str:
+        """Return the level and what is not in force, in one line."""
+        lacking = [name for name in FACT_WORDS if getattr(self.facts, name).held != "yes"
+                   and (name != "network_off" or config.metric.network == "deny")]
+        return self.level + (f"; not in force: {', '.join(lacking)} (see check)" if lacking else "")
+
     def as_record(self) -> Dict[str, Any]:
         """Return it for the ledger."""
         return {"level": self.level, "notes": list(self.notes), "facts": {
@@ -2034,7 +2087,13 @@ def find_git() -> str:
     """Return the absolute path of git; refuse when there is none, or one that is too old."""
     program = shutil.which("git", path=search_path())
     if not program:
-        raise Refused("git: not found on PATH (install git 2.25 or later)")
+        raise Refused("git: not found on PATH; install git 2.25 or later")
+    output = Capture(cap=1000)
+    run_program([program, "--version"], cwd="/", env={"PATH": search_path()}, sink=output)
+    found = re.search(rb"([0-9]+)\.([0-9]+)", output.log())
+    if not found or (int(found[1]), int(found[2])) < (2, 25):
+        version = printable(output.log().decode("utf-8", "replace").strip(), 60)
+        raise Refused(f"git: {program} is {version or 'silent'}; install git 2.25 or later")
     return program
 
 
@@ -2594,6 +2653,7 @@ class Tree:
         self.folders: Dict[bytes, bytes] = {}
         self.found: List[Change] = []
         self.dirty = False
+        self.blind = not stamps_tell(os.path.dirname(root))     # then every byte is hashed
         self._unsettled: Set[bytes] = set()
         self._latest = 0
 
@@ -2812,11 +2872,14 @@ class Tree:
         for path, status in scan(self.root):
             known = self.expected.get(path)
             folder = stat.S_ISDIR(status.st_mode)
-            if known is not None and stamp_of(status) == self.stamps.get(path):
+            same = known is not None and stamp_of(status) == self.stamps.get(path)
+            if same and not self.blind:
                 seen.add(path)
             elif known is not None and not (folder and known.mode == GITLINK):
                 seen.add(path)
-                changes.append(Change(self._kind(path, status, known), path, status))
+                kind = self._kind(path, status, known)
+                if not (same and kind == "touched"):
+                    changes.append(Change(kind, path, status))
             elif folder and path in self.folders:
                 seen.add(path)
                 if stamp_of(status) != self.folders[path]:
@@ -2844,20 +2907,21 @@ class Tree:
         """Say in what way an expected file with another stat signature differs."""
         if stat.S_IFMT(status.st_mode) != stat.S_IFMT(known.mode):
             return "retyped"
-        full = os.path.join(self.root, path)
-        try:
-            now = entry_of(full, status)
-        except PermissionError:
-            raise CensusError(Reason.UNREADABLE, path) from None
-        except OSError:
-            raise CensusError(Reason.CENSUS_FAILED, path) from None
         if known.mode != SYMLINK_MODE:
             if status.st_mode & (stat.S_ISUID | stat.S_ISGID | stat.S_ISVTX):
                 return "set_id"
             if status.st_nlink > 1:
                 return "hard_link"
-            if now.mode != known.mode:
+            if bool(status.st_mode & 0o100) != (known.mode == EXECUTABLE):
                 return "mode"
+        if status.st_size != known.size:
+            return "modified"       # not hashed: it may be a sparse giant
+        try:
+            now = entry_of(os.path.join(self.root, path), status)
+        except PermissionError:
+            raise CensusError(Reason.UNREADABLE, path) from None
+        except OSError:
+            raise CensusError(Reason.CENSUS_FAILED, path) from None
         return "touched" if now.digest == known.digest else "modified"
 
 
@@ -3096,20 +3160,34 @@ class OutsideSeal:
 
     def check(self) -> Optional[Tuple[Reason, str]]:
         """Return the first path that was changed, or touched and put back, since the last look."""
-        found = None
+        found, blind = None, blind_devices()
         for path, entry in self.entries.items():
             try:
                 status = os.lstat(path)
-                if stamp_of(status) == self.stamps[path]:
+                if stamp_of(status) == self.stamps[path] and status.st_dev not in blind:
                     continue
                 same = entry_of(path, status) == entry
             except OSError:
                 same = False
             if not same:
                 return Reason.SEAL_MODIFIED, shown_path(path)
-            self.stamps[path] = stamp_of(status)
-            found = found or (Reason.SEAL_TOUCHED, shown_path(path))
+            if stamp_of(status) != self.stamps[path]:
+                self.stamps[path] = stamp_of(status)
+                found = found or (Reason.SEAL_TOUCHED, shown_path(path))
         return found
+
+
+def blind_devices() -> Set[int]:
+    """Return the devices whose stat signatures may miss a write (see `stamps_tell`; Linux)."""
+    found = set()
+    with contextlib.suppress(OSError):
+        with open("/proc/self/mountinfo", "rb") as stream:
+            for line in stream:
+                before, _, after = line.partition(b" - ")
+                if after.split(b" ")[0] in (b"tmpfs", b"ramfs", b"shm"):
+                    major, minor = map(int, before.split()[2].split(b":"))
+                    found.add(os.makedev(major, minor))
+    return found
 
 
 # ══ metric ═══════════════════════════════════════════════════════════════════════════════════════
@@ -3269,7 +3347,7 @@ class Cleanroom:
         before = setting.outside.check()
         capture = Capture(gauge.finder)
         cwd = os.path.join(os.fsdecode(tree.root), os.fsdecode(setting.top))
-        with tempfile.TemporaryDirectory(dir=self.tmp) as scratch:
+        with private_folder(self.tmp) as scratch:
             env = {**setting.env, "SCALARLOOP_SEED": str(seed), "TMPDIR": scratch,
                    "XDG_CACHE_HOME": os.path.join(scratch, "cache")}
             if setting.config.metric.home == "private":
@@ -4920,7 +4998,19 @@ def run_loop(run: Run) -> str:
         reason = stop_reason(run.config, run.state, run.elapsed())
         if reason:
             return reason
-        iterate(run)
+        try:
+            iterate(run)
+        except (FenceFailed, OSError) as error:     # the machine's fault: no data, one more try
+            run.watch.check()
+            void(run, Reason.MACHINE, str(error))
+
+
+def void(run: Run, reason: Reason, detail: str) -> None:
+    """Record an iteration that is not data: the machine's fault or our own."""
+    work = run.work or Work(run.state.iterations + 1, "")
+    if work.n != run.state.iterations + 1:
+        return      # its verdict is recorded: the fault came after it
+    settle(run, work, Known(), Decision(VERDICT_OF[reason], reason, detail))
 
 
 def iterate(run: Run) -> None:
@@ -4984,7 +5074,7 @@ def propose(run: Run, work: Work, turn: int, rework: str) -> Tuple[Ended, bool]:
              if entry.mode in (PLAIN, EXECUTABLE) and run.scope.holds(path)]
     seed = int.from_bytes(hashlib.sha256(b"%d %d %d" % (config.loop.seed, work.n, turn))
                           .digest()[:4], "big") >> 1
-    with tempfile.TemporaryDirectory(dir=run.tmp) as scratch:
+    with private_folder(run.tmp) as scratch:
         env = agent_environment(config, work.n, turn, seed, files, scratch)
         fence = run.fence_of([root, scratch, *map(os.path.expanduser, config.agent.writable)],
                              "agent")
@@ -5448,7 +5538,7 @@ def run_command(config: Config, options: Options, terminal: Terminal, watch: Wat
         stale = lock.left_behind()
         if stale:
             remove_tree(stale)
-        with temporary_folder() as tmp:
+        with private_folder(work_folder()) as tmp:
             lock.note(tmp)
             user = open_user_repository(find_git(), private_home(tmp), config.folder)
             if options.new and begun:
@@ -5493,15 +5583,6 @@ def carry_on(run: Run) -> int:
     return STOP_EXIT.get(reason, 0)
 
 
-def void(run: Run, reason: Reason, detail: str) -> None:
-    """Record an iteration that is not data: the machine's fault or our own."""
-    work = run.work or Work(run.state.iterations + 1, "")
-    if work.n != run.state.iterations + 1:
-        return
-    run.work = work
-    settle(run, work, Known(), Decision(VERDICT_OF[reason], reason, detail))
-
-
 def measure_closing(run: Run) -> Dict[str, Any]:
     """Measure baseline against best anew, in pairs that decide nothing: what was really won."""
     if run.state.noise.exact or not run.state.keeps:
@@ -5541,8 +5622,9 @@ def start(config: Config, user: UserRepository, tmp: str, terminal: Terminal, wa
     if run is None or baseline is None:
         raise Refused("gate: nothing could be measured")
     for row in gate.rows:
-        if row.state == "notice":
-            terminal.say(f"notice  {row.name}: {row.text}")
+        if row.state == "notice" and row.name != "isolation":
+            terminal.say(f"notice       {row.name}: {row.text}")
+    terminal.say(f"isolation    {run.isolation.summary(config)}")
     run.ledger = Ledger(os.path.join(run.folder, "ledger.jsonl"), secret)
     run.record("start", config=config.resolved(), config_sha256=config.digest, base=user.head,
                tree=run.base.tree, branch=user.branch,
@@ -5551,8 +5633,7 @@ def start(config: Config, user: UserRepository, tmp: str, terminal: Terminal, wa
     run.record("baseline", samples=baseline.samples, value=baseline.value, name=baseline.name,
                metric_seconds=baseline.seconds, guards=baseline.guards, holdout=baseline.holdout)
     terminal.say(f"baseline     {baseline.name} = {format_number(baseline.value)}   "
-                 f"{len(baseline.samples)} runs, {'exact' if run.state.noise.exact else 'noisy'}; "
-                 f"isolation {run.isolation.level}")
+                 f"{len(baseline.samples)} runs, {'exact' if run.state.noise.exact else 'noisy'}")
     return run
 
 
@@ -5561,9 +5642,15 @@ def pass_gate(gate: Gate, config: Config, user: UserRepository, folder: str, tmp
     """Check every condition of a new run in `folder`; the metric runs only if the rest holds."""
     gate.ok("config", f"{os.path.basename(config.path)} ({config.loop.name})")
     gate.ok("git", f"{user.top} ({user.algorithm})")
-    anchor = user.repo.ref(config.anchor_ref)
-    scope, argv, _ = look_around(gate, config, user, [user.head], user.head, fresh=True)
-    if anchor:
+    tips = [user.head]
+    begun = os.path.join(config.state_folder, "ledger.jsonl")
+    if os.path.exists(begun):
+        state = read_state(config)[0]
+        tips += [state.base, *(commit for _, commit, _ in state.keeps)]
+        gate.notice("record", f"a run of {state.iterations} iterations is here; a start would go on "
+                    "with it, or begin anew with --new")
+    scope, argv, _ = look_around(gate, config, user, tips, user.head, fresh=True)
+    if user.repo.ref(config.anchor_ref) and not os.path.exists(begun):
         gate.fail("record", f"{config.anchor_ref} holds the ledger of an earlier run whose "
                   " state folder is gone; give this one another [loop] name, or remove the ref")
     if any(row.state == "FAILED" for row in gate.rows):
@@ -5718,7 +5805,7 @@ def verify_command(config: Config, options: Options, terminal: Terminal, watch: 
     if not os.path.exists(path):
         raise Refused(f"verify: there is no ledger at {path}; run the loop first")
     findings = Findings()
-    with temporary_folder() as tmp:
+    with private_folder(work_folder()) as tmp:
         user = open_user_repository(find_git(), private_home(tmp), config.folder)
         state = verify_ledger(config, user, path, findings)
         if state:
@@ -5899,17 +5986,6 @@ options: --more N  go on for N more iterations    --new  begin anew, the old run
 exit: 0 finished, 1 failed, 2 refused, 3 paused for a check-in, 4 record broken, 130 interrupted"""
 
 
-class temporary_folder:
-    """A private 0700 folder outside the project; removed at the end, whatever is in it."""
-
-    def __enter__(self) -> str:
-        self.path = os.path.realpath(tempfile.mkdtemp(prefix="scalarloop-"))
-        return self.path
-
-    def __exit__(self, *error: Any) -> None:
-        remove_tree(self.path)
-
-
 def private_home(tmp: str) -> str:
     """Make the HOME of every git call: it only says that any owner's repository may be read."""
     home = os.path.join(tmp, "home")
@@ -5922,7 +5998,7 @@ def private_home(tmp: str) -> str:
 def check_command(config: Config, options: Options, terminal: Terminal, watch: Watch) -> int:
     """Pass the gate of a new run in a temporary folder; nothing is left behind."""
     gate = Gate()
-    with temporary_folder() as tmp:
+    with private_folder(work_folder()) as tmp:
         try:
             user = open_user_repository(find_git(), private_home(tmp), config.folder)
             folder = os.path.join(tmp, "state")
@@ -6020,6 +6096,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         command, path, options = parse_arguments(arguments)
         config = load_config(path)
         watch.listen()
+        harden_self()
         return COMMANDS[command](config, options, terminal, watch)
     except ScalarLoopError as error:
         return complain(terminal, str(error), error.exit_code)

@@ -24,9 +24,9 @@ Sends: the prompt, and what its tools read, to Anthropic (or to ANTHROPIC_BASE_U
 Writes: files below the working directory, TMPDIR, and ~/.claude and ~/.claude.json when the login
 is used ([agent] writable = ~/.claude ~/.claude.json lets it refresh the login; with a key nothing).
 
-Exit codes: 0 claude is done, or gave up · 1 it failed or ran out of max_turns (the log says which) ·
-2 bad option or input · 10 claude can't be run · 143 SIGTERM (passed on to claude) · 128 + N it was
-killed by signal N · any other is claude's own
+Exit codes: 0 claude is done, or gave up · 1 it failed or ran out of max_turns (its words say which)
+· 2 bad option or input · 10 claude can't be run · 143 SIGTERM (passed on to claude) · 128 + N it
+was killed by signal N · any other is claude's own
 """
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def relay(output: IO[bytes]) -> None:
     fresh = True
     for raw in iter(lambda: output.readline(LONGEST_LINE), b""):
         line = raw.decode("utf-8", "replace").rstrip("\r\n")
-        if fresh and line.startswith(GIVE_UP):
+        if fresh and GIVE_UP.match(line):
             print(printable(line)[:1000], flush=True)
         else:
             echo(line)

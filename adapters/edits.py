@@ -21,7 +21,7 @@ from typing import Dict, FrozenSet, List, NamedTuple, Optional, Tuple
 
 # exit codes, as openai.py and llamacpp.py document them
 BUG, USAGE, KEY_REFUSED, REFUSED, UNREACHED, NO_ANSWER, CUT_SHORT, NO_EDIT, OUTSIDE = range(1, 10)
-GIVE_UP = "SCALAR_LOOP_GIVE_UP"
+GIVE_UP = re.compile("SCALAR_LOOP_GIVE_UP(?![A-Za-z0-9_])")
 LARGEST_FILE = 1 << 20          # bytes of a file that a model is ever shown
 MOST_FILES = 5000               # found by a walk, when SCALARLOOP_FILES doesn't name them
 SKIPPED = {"node_modules", "__pycache__", "venv", "target", "build", "dist"}
@@ -123,7 +123,7 @@ class Scope:
 
     def covers(self, path: str) -> bool:
         return path in self.files or any(
-            matches(path.split("/"), glob.split("/")) for glob in self.globs)
+            matches(path.split("/"), split_glob(glob)) for glob in self.globs)
 
     def check(self, path: str) -> None:
         """Refuse a path that leads outside the working directory or the scope."""
@@ -131,7 +131,7 @@ class Scope:
         if not path.isprintable() or "\\" in path or len(parts) > 64 or len(path) > 1000 \
                 or {"", ".", ".."} & set(parts) or path.startswith("~"):
             reason = "is not a plain relative path"
-        elif any(part.lower().startswith(".git") for part in parts):
+        elif any(part.lower() == ".git" for part in parts):
             reason = "is git's own"
         elif any(os.path.islink("/".join(parts[:end + 1])) for end in range(len(parts))):
             reason = "leads through a symbolic link"
@@ -144,15 +144,25 @@ class Scope:
         raise EditError(OUTSIDE, f"{one_line(path)}: {reason}")
 
 
-def matches(parts: List[str], patterns: List[str]) -> bool:
-    """Match a path segment by segment; `**` stands for any number of them."""
-    if not patterns:
-        return not parts
-    if patterns[0] == "**":
-        return patterns[1:] == [] or any(
-            matches(parts[skip:], patterns[1:]) for skip in range(len(parts) + 1))
-    return (bool(parts) and fnmatch.fnmatchcase(parts[0], patterns[0])
-            and matches(parts[1:], patterns[1:]))
+def split_glob(glob: str) -> List[str]:
+    """Return a glob's segments; `src/` means everything below src."""
+    glob = glob + "**" if glob.endswith("/") else glob
+    return [part for part in glob.split("/") if part not in ("", ".")]
+
+
+def matches(parts: List[str], globs: List[str]) -> bool:
+    """Match a path segment by segment, as the loop does: `**` stands for any number of them.
+
+    A segment that begins with .git is matched by its own name only.
+    """
+    if not globs or not parts:
+        return not globs and not parts
+    git = parts[0].lower().startswith(".git")
+    if globs[0] == "**":
+        return not git and (len(globs) == 1 and len(parts) == 1
+                            or matches(parts, globs[1:]) or matches(parts[1:], globs))
+    same = parts[0] == globs[0] if git else fnmatch.fnmatchcase(parts[0], globs[0])
+    return same and matches(parts[1:], globs[1:])
 
 
 def read_scope() -> Scope:
@@ -161,8 +171,9 @@ def read_scope() -> Scope:
         globs = json.loads(os.environ.get("SCALARLOOP_SCOPE") or '["**"]')
         files = json.loads(os.environ.get("SCALARLOOP_FILES") or "null")
         scope = Scope(tuple(globs), frozenset())
-        if files is None:
-            files = [path for path in walk_files() if scope.covers(path)]
+        if files is None or os.environ.get("SCALARLOOP_TURN", "1") != "1":
+            # alone, or in a turn of rework, which may have to mend a file made in the turn before
+            files = (files or []) + [path for path in walk_files() if scope.covers(path)]
         return Scope(scope.globs, frozenset(
             path for path in files if path.isprintable() and os.path.isfile(path)))
     except (ValueError, TypeError, AttributeError):

@@ -11,7 +11,7 @@ Options ([adapter] in loop.ini; handed in as SCALARLOOP_OPT_<KEY>):
   base_url         up to and with /v1 (OPENAI_BASE_URL, or else https://api.openai.com/v1)
   api_key_env      the variable that holds the key (OPENAI_API_KEY, unless base_url is given: then
                    no key is sent but by this option); name a variable also in [agent] env
-  temperature      sampling temperature; SCALARLOOP_TEMPERATURE wins (unset: the server's own)
+  temperature      sampling temperature, times SCALARLOOP_TEMPERATURE (unset: the server's own)
   max_tokens       longest answer (unset: the server's own)
   format           edits to ask for: whole, search or diff (whole); all three are always understood
   context          bytes of files sent (100k); above it the model gets a list and may ask for files
@@ -21,9 +21,10 @@ Options ([adapter] in loop.ini; handed in as SCALARLOOP_OPT_<KEY>):
   ca_file          PEM file of the server's authority (SSL_CERT_FILE, REQUESTS_CA_BUNDLE, system)
   extra            JSON object merged into each request, such as {"top_p": 0.9}
 Environment: SCALARLOOP_SCOPE and SCALARLOOP_FILES (JSON lists: the globs of what may change, the
-files in scope; else every text file below the working directory), SCALARLOOP_SEED (plus
-SCALARLOOP_ITERATION, sent as `seed`), SCALARLOOP_CONFIG_DIR (where `ca_file` is looked up),
-http_proxy, https_proxy, no_proxy (a loopback server is never asked through a proxy).
+files in scope; else every text file below the working directory), SCALARLOOP_SEED (sent as
+`seed`), SCALARLOOP_TEMPERATURE (1, raised by an escape), SCALARLOOP_TURN (above 1: files made in
+the turn before may be mended), SCALARLOOP_CONFIG_DIR (where `ca_file` is looked up), http_proxy,
+https_proxy, no_proxy (a loopback server is never asked through a proxy).
 
 Sends: the prompt and the names and texts of the files in scope, to base_url only: redirects are
 not followed. The key goes into the Authorization header and nowhere else; a file that holds it is
@@ -56,9 +57,9 @@ from typing import Any, Callable, Dict, List, Mapping, NoReturn, Optional, Tuple
 sys.dont_write_bytecode = True  # the adapters' folder may be the user's project
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from edits import (  # noqa: E402
-    BUG, CUT_SHORT, FORMATS, GIVE_UP, KEY_REFUSED, NO_ANSWER, NO_EDIT, PROGRAM, REFUSED, RULES,
-    SECRETS, UNREACHED, USAGE, AdapterError, EditError, Parser, Scope, clean_path, draft_changes,
-    echo, one_line, printable, read_scope, read_text, say, scrub, write_changes)
+    BUG, CUT_SHORT, FORMATS, GIVE_UP, KEY_REFUSED, NAMED, NO_ANSWER, NO_EDIT, PROGRAM, REFUSED,
+    RULES, SECRETS, UNREACHED, USAGE, AdapterError, EditError, Parser, Scope, clean_path,
+    draft_changes, echo, one_line, printable, read_scope, read_text, say, scrub, write_changes)
 
 OPENAI_URL = "https://api.openai.com/v1"
 LARGEST_ANSWER = 8 << 20        # bytes of one HTTP answer
@@ -119,15 +120,13 @@ def read_parameters(model: str, max_tokens: str) -> Dict[str, Any]:
     if not model:
         raise AdapterError(USAGE, "model: is missing (expected [adapter] model = NAME)")
     found: Dict[str, Any] = {"model": model, "stream": False}
-    if option("temperature") or os.environ.get("SCALARLOOP_TEMPERATURE"):
-        found["temperature"] = number("temperature", "", {}, os.environ.get(
-            "SCALARLOOP_TEMPERATURE", ""))
+    raised = float(os.environ.get("SCALARLOOP_TEMPERATURE") or 1)
+    if option("temperature") or raised != 1:
+        found["temperature"] = min(2.0, round(raised * number("temperature", "1", {}), 3))
     if option("max_tokens", max_tokens):
         found["max_tokens"] = int(number("max_tokens", max_tokens, BYTES))
     if os.environ.get("SCALARLOOP_SEED", "").isdigit():
-        iteration = os.environ.get("SCALARLOOP_ITERATION", "")
-        found["seed"] = int(os.environ["SCALARLOOP_SEED"]) + int(
-            iteration if iteration.isdigit() else 0)
+        found["seed"] = int(os.environ["SCALARLOOP_SEED"])
     try:
         extra = json.loads(option("extra", "{}"))
     except (ValueError, RecursionError):
@@ -137,9 +136,9 @@ def read_parameters(model: str, max_tokens: str) -> Dict[str, Any]:
     return {**found, **extra}
 
 
-def number(key: str, default: str, units: Dict[str, int], given: str = "") -> float:
+def number(key: str, default: str, units: Dict[str, int]) -> float:
     """Return an option that is a number from 0 up, with a unit or without."""
-    text = given.strip() or option(key, default)
+    text = option(key, default)
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([a-z]?)", text)
     if not match or match[2] and match[2] not in units:
         raise AdapterError(USAGE, f"{key}: {text!r} can't be used (expected a number" + (
@@ -423,7 +422,7 @@ def apply(answer: str, scope: Scope) -> int:
     """Write all of an answer's edits, or pass on that the model gave up."""
     parser = Parser(answer, scope).parse()
     for line in parser.prose:
-        if line.startswith(GIVE_UP):
+        if GIVE_UP.match(line):
             print(printable(line)[:1000], flush=True)
             return 0
     if not parser.edits:
@@ -435,6 +434,8 @@ def apply(answer: str, scope: Scope) -> int:
         say(f"wrote {path} ({len(data)} bytes)" if data is not None else f"deleted {path}")
     if not changes:
         say("the edits change nothing")
+    note = next((line for line in parser.prose if line.strip() and not NAMED.match(line)), "")
+    echo(one_line(note, 160))   # the last line is what the next prompt may quote of this turn
     return 0
 
 

@@ -1,9 +1,13 @@
 """Fixtures shared by all tests: a pinned environment and real projects in temporary folders."""
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -15,6 +19,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = ROOT / "scalarloop.py"
 sys.path.insert(0, str(ROOT))
+
+import scalarloop  # noqa: E402  (found through the line above)
 
 CONFIG: Dict[str, Dict[str, Any]] = {
     "loop": {"goal": "Make value.txt smaller.", "scope": "src/**", "name": "t", "iterations": 1},
@@ -30,6 +36,11 @@ METRIC = """
 
 @pytest.fixture(autouse=True)
 def pinned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Pin the environment of every test."""
+    pin(monkeypatch, tmp_path)
+
+
+def pin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Make the user's own home, git configuration, language and time zone unusable."""
     home = tmp_path / "home"
     home.mkdir()
@@ -127,6 +138,19 @@ class Project:
         return Result(done.returncode, done.stdout.decode("utf-8", "replace"),
                       done.stderr.decode("utf-8", "replace"))
 
+    def call(self, *args: str) -> "Result":
+        """Run `scalarloop.main` in this process: for hundreds of quick calls."""
+        out, err = io.StringIO(), io.StringIO()
+        listened = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        handlers = [signal.getsignal(number) for number in listened]
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                code = scalarloop.main([*args, str(self.root / "loop.ini")])
+        finally:
+            for number, handler in zip(listened, handlers):
+                signal.signal(number, handler)
+        return Result(code, out.getvalue(), err.getvalue())
+
     @property
     def state(self) -> Path:
         """Return the state folder."""
@@ -136,6 +160,14 @@ class Project:
         """Return the ledger's records."""
         text = (self.state / "ledger.jsonl").read_text(encoding="ascii")
         return [json.loads(line) for line in text.splitlines()]
+
+    def lines(self) -> List[bytes]:
+        """Return the ledger's lines, each with its end."""
+        return (self.state / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+
+    def put_ledger(self, data: bytes) -> None:
+        """Put another ledger in place."""
+        (self.state / "ledger.jsonl").write_bytes(data)
 
     def iterations(self) -> List[Dict[str, Any]]:
         """Return the ledger's iteration records."""
@@ -181,6 +213,11 @@ class Result:
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     """Return a committed project whose metric prints the number in src/value.txt (100)."""
+    return make_project(tmp_path)
+
+
+def make_project(tmp_path: Path) -> Project:
+    """Make that project in a folder."""
     root = tmp_path / "project"
     root.mkdir()
     made = Project(root, tmp_path)
@@ -193,3 +230,47 @@ def project(tmp_path: Path) -> Project:
     made.save_config()
     made.commit("start")
     return made
+
+
+def lower_by(step: int) -> str:
+    """Return a turn that lowers the number by `step` (a negative one raises it)."""
+    return f"""
+        value = int(open("src/value.txt").read())
+        open("src/value.txt", "w").write("%d\\n" % (value - {step}))
+    """
+
+
+@pytest.fixture(scope="session")
+def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Return the one finished run that `finished` copies: keep, discard, keep, violation, stop."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        pin(monkeypatch, folder)
+        made = make_project(folder)
+        made.turns(lower_by(10), lower_by(-5), lower_by(10), 'open("stray.txt", "w").close()')
+        made.save_config()
+        made.commit("loop.ini")
+        result = made.run()
+    assert result.code == 0, result
+    assert [row["verdict"] for row in made.iterations()] == ["keep", "discard", "keep", "violation"]
+    return made
+
+
+@pytest.fixture
+def finished(finished_once: Project, tmp_path: Path) -> Project:
+    """Return a copy of a finished run, to tamper with."""
+    shutil.copytree(finished_once.root, tmp_path / "project", symlinks=True)
+    copy = Project(tmp_path / "project", tmp_path)
+    copy.config = {name: dict(keys) for name, keys in finished_once.config.items()}
+    return copy
+
+
+def chained(records: List[Dict[str, Any]], secret: Optional[bytes] = None) -> bytes:
+    """Return a ledger of these records with sequence, chain and hashes made anew, as a forger would."""
+    prev, lines = scalarloop.FIRST_PREV, []
+    for seq, record in enumerate(records):
+        body = {name: value for name, value in record.items() if name != "hash"}
+        body.update(seq=seq, prev=prev)
+        prev = scalarloop.record_hash(scalarloop.canonical(body), secret)
+        lines.append(scalarloop.canonical({**body, "hash": prev}) + b"\n")
+    return b"".join(lines)

@@ -40,19 +40,19 @@ def folder(tmp_path):
     for name, text in FILES.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
-    (tmp_path / "home").mkdir()
-    (tmp_path / "tmp").mkdir()
+    (tmp_path / "home").mkdir(exist_ok=True)
+    (tmp_path / "scratch").mkdir()
     return root
 
 
 def environment(folder: Path, **more: Optional[str]) -> Dict[str, str]:
     """Return what the loop hands to an adapter; lower-case names are its options."""
-    found = {**CLEAN, "HOME": str(folder.parent / "home"), "TMPDIR": str(folder.parent / "tmp"),
+    found = {**CLEAN, "HOME": str(folder.parent / "home"), "TMPDIR": str(folder.parent / "scratch"),
              "SCALARLOOP_SCOPE": '["src/**/*.js"]', "SCALARLOOP_ITERATION": "3",
              "SCALARLOOP_FILES": '["src/app.js", "src/util.js"]'}
     for name, value in more.items():
-        known = name if name.isupper() or name.endswith("_proxy") else f"SCALARLOOP_OPT_{name.upper()}"
-        found[known] = value
+        plain = name.isupper() or name.endswith("_proxy")
+        found[name if plain else f"SCALARLOOP_OPT_{name.upper()}"] = value
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -105,16 +105,19 @@ def test_it_sends_prompt_and_files_and_applies_the_answer(folder):
     assert request.headers["Authorization"] == f"Bearer {KEY}"
     sent = {name: value for name, value in request.body.items() if name != "messages"}
     assert sent == {"model": "some-model", "stream": False, "temperature": 0.5, "top_p": 0.9,
-                    "max_tokens": 2000, "seed": 43}
+                    "max_tokens": 2000, "seed": 40}
     text = contents(request)
-    assert text.startswith("Make it smaller.") and "FILE: src/app.js\n```\nconst a = 1;\n```" in text
+    assert text.startswith("Make it smaller.")
+    assert "FILE: src/app.js\n```\nconst a = 1;\n```" in text
     assert "sealed" not in text and KEY not in text and "DELETE:" in text
 
 
 def test_an_escape_raises_the_temperature(folder):
     with ScriptedServer([GOOD]) as server:
-        ask(folder, server, temperature="0.2", SCALARLOOP_TEMPERATURE="1.2")
-    assert server.posts[0].body["temperature"] == 1.2
+        ask(folder, server, temperature="0.2", SCALARLOOP_TEMPERATURE="1.5")
+        ask(folder, server, SCALARLOOP_TEMPERATURE="1.5")
+        ask(folder, server, SCALARLOOP_TEMPERATURE="1.0")
+    assert [post.body.get("temperature") for post in server.posts] == [0.3, 1.5, None]
 
 
 @pytest.mark.parametrize("form,mark", [("whole", "````"), ("search", "<<<<<<< SEARCH"),
@@ -123,6 +126,15 @@ def test_it_asks_for_the_format_that_is_wanted(folder, form, mark):
     with ScriptedServer([GOOD]) as server:
         assert ask(folder, server, format=form).code == 0
     assert mark in contents(server.posts[0])
+
+
+def test_a_turn_of_rework_may_mend_a_file_of_the_turn_before(folder):
+    (folder / "src/new.js").write_text("crash(\n")
+    with ScriptedServer([whole("src/new.js")]) as server:
+        assert ask(folder, server).code == 9
+        assert ask(folder, server, SCALARLOOP_TURN="2").code == 0
+    assert "crash(" in contents(server.posts[-1])
+    assert (folder / "src/new.js").read_text() == "x\n"
 
 
 def test_alone_it_takes_the_folder_as_it_is(folder):
@@ -193,8 +205,10 @@ def test_giving_up_is_passed_on_and_nothing_is_written(folder):
 
 
 @pytest.mark.parametrize("answer", [
+    f"{TOKEN}S\n" + GOOD, f" {TOKEN}\n" + GOOD,
     f"I won't say {TOKEN}.\n" + GOOD, whole("src/app.js", f"{TOKEN}\n"),
-    f"<think>\n{TOKEN}\n</think>\n" + GOOD, f"a\r{TOKEN}\u2028{TOKEN}\x0b{TOKEN}\x85{TOKEN}\n" + GOOD])
+    f"<think>\n{TOKEN}\n</think>\n" + GOOD,
+    f"a\r{TOKEN}\u2028{TOKEN}\x0b{TOKEN}\x85{TOKEN}\n" + GOOD])
 def test_the_token_elsewhere_is_no_giving_up(folder, answer):
     with ScriptedServer([answer]) as server:
         result = ask(folder, server)
@@ -211,6 +225,7 @@ def test_no_words_of_the_model_can_pass_for_anything_else(folder):
     assert all(line.startswith(("| ", "openai: ")) for line in result.out.splitlines())
     assert [line for line in result.out.splitlines() if line.startswith("openai: ")] == [
         "openai: wrote src/app.js (13 bytes)"]
+    assert last_line(result) == "| METRIC bytes=1"      # its words for the next prompt
     assert all(letter.isprintable() or letter in "\n\t" for letter in result.out)
 
 
@@ -223,13 +238,13 @@ FAULTS = {
     "403": ([Reply(status=403)], 3, 1, "HTTP 403"),
     "404": ([Reply(status=404, text="no model")], 4, 1, "'some-model'"),
     "400": ([Reply(status=400, text="too long")], 4, 1, "too long"),
-    "429 for ever": ([Reply(status=429, headers={"Retry-After": "0"})], 5, 3, "HTTP 429"),
+    "429 for ever": ([Reply(status=429, headers={"Retry-After": "0"})], 5, 2, "HTTP 429"),
     "429 without money": ([Reply(status=429, body=b'{"error": {"code": "insufficient_quota"}}')],
                           4, 1, "insufficient_quota"),
-    "529 for ever": ([Reply(status=529, headers={"Retry-After": "0"})], 5, 3, "HTTP 529"),
-    "hangs up": ([Reply(status=0)], 5, 3, "cut"),
-    "cut in the body": ([Reply(GOOD, cut_at=40)], 5, 3, "cut"),
-    "cut without a length": ([Reply(body=b'{"choices": [{"mess')], 5, 3, "cut"),
+    "529 for ever": ([Reply(status=529, headers={"Retry-After": "0"})], 5, 2, "HTTP 529"),
+    "hangs up": ([Reply(status=0)], 5, 2, "cut"),
+    "cut in the body": ([Reply(GOOD, cut_at=40)], 5, 2, "cut"),
+    "cut without a length": ([Reply(body=b'{"choices": [{"mess')], 5, 2, "cut"),
     "no JSON": ([Reply(body=b"<html>Sign in</html>")], 6, 1, "<html>Sign in"),
     "no choices": ([Reply(body=b'{"choices": []}')], 6, 1, "no choice"),
     "a list": ([Reply(body=b"[1]")], 6, 1, "no choice"),
@@ -237,7 +252,8 @@ FAULTS = {
     "deep nesting": ([Reply(body=b"[" * 100000)], 6, 1, "no JSON"),
     "error in a 200": ([Reply(body=b'{"error": {"message": "no credits"}}')], 6, 1, "no credits"),
     "null content": ([Reply(body=b'{"choices": [{"message": {"content": null}}]}')], 6, 1, "empty"),
-    "refusal": ([Reply(body=b'{"choices": [{"message": {"refusal": "I won\'t"}}]}')], 6, 1, "I won't"),
+    "refusal": ([Reply(body=b'{"choices": [{"message": {"refusal": "I can\'t"}}]}')], 6, 1,
+                "I can't"),
     "content of another kind": ([Reply(body=b'{"choices": [{"message": {"content": 7}}]}')], 6, 1,
                                 "empty"),
     "blank": ([" \n "], 6, 1, "empty"),
@@ -256,10 +272,9 @@ def test_a_fault_is_one_clear_line_and_an_exit_code(folder, name):
     with ScriptedServer(script) as server:
         for reply in script:
             reply.headers.setdefault("Retry-After", "0")
-        result = ask(folder, server, retries="2")
+        result = ask(folder, server, retries="1")
     assert result.code == code, result.out
-    assert len(server.posts) == (requests if name not in ("hangs up", "cut in the body",
-                                                         "cut without a length") else 3)
+    assert len(server.posts) == requests
     assert word in last_line(result) and len(last_line(result)) < 600
     assert tree(folder) == before
 
@@ -323,7 +338,7 @@ def test_it_never_takes_the_key_to_another_host(folder):
 
 def test_parameters_that_a_server_does_not_know_are_left_out(folder):
     def picky(turn, request):
-        for name, other in (("max_tokens", "max_completion_tokens"), ("temperature", ""), ("seed", "")):
+        for name in ("max_tokens", "temperature", "seed"):
             if name in request.body:
                 return Reply(status=400, body=json.dumps({"error": {
                     "message": f"Unsupported parameter: '{name}'", "param": name}}).encode())
@@ -338,14 +353,15 @@ def test_parameters_that_a_server_does_not_know_are_left_out(folder):
 
 @pytest.mark.parametrize("script", [
     [Reply(status=400, text=f"bad key {KEY}, yes {KEY}")], [Reply(status=401, text=KEY)],
-    [Reply(status=500, text=f"Bearer {KEY}")], [f"Your key is {KEY}.\n" + whole("src/app.js", KEY + "\n")],
+    [Reply(status=500, text=f"Bearer {KEY}")],
+    [f"Your key is {KEY}.\n" + whole("src/app.js", KEY + "\n")],
     [Reply(body=f"<p>{KEY}</p>".encode())],
     [Reply(body='{{"error": {{"message": "\\u0073k{}"}}}}'.format(KEY[2:]).encode())],
     [Reply(status=302, headers={"Location": f"http://x/?key={KEY}"})],
     [f"FILE: src/{KEY}.js\n<<<<<<< SEARCH\n{KEY}\n=======\n>>>>>>> REPLACE"]])
 def test_the_key_is_never_shown_nor_written_even_when_the_server_echoes_it(folder, script):
     with ScriptedServer(script) as server:
-        result = ask(folder, server, "", retries="0") if False else ask(folder, server, retries="0")
+        result = ask(folder, server, retries="0")
     assert KEY not in result.out and server.posts
     assert all(KEY.encode() not in data for data in tree(folder.parent).values())
     assert all(KEY not in contents(post) for post in server.posts)
@@ -367,18 +383,17 @@ def test_an_odd_key_is_refused_without_being_shown(folder):
         assert result.code == 2 and KEY not in result.out and server.requests == []
 
 
-@pytest.mark.parametrize("name,value,word", [
-    ("base_url", "ftp://127.0.0.1/v1", "base_url"), ("base_url", "http://u:p@127.0.0.1/v1", "base_url"),
-    ("base_url", "http://127.0.0.1:99999/v1", "base_url"), ("base_url", "http://a b/v1", "base_url"),
-    ("model", None, "model"), ("temperature", "hot", "temperature"), ("temperature", "-1", "temperature"),
-    ("format", "json", "format"), ("extra", "{", "extra"), ("extra", "[1]", "extra"),
-    ("context", "1q", "context"), ("timeout", "soon", "timeout"), ("retries", "1e9", "retries"),
-    ("ca_file", "/no/such/file", "ca_file"), ("OPENAI_API_KEY", None, "OPENAI_API_KEY")])
-def test_a_bad_option_is_named_before_anything_is_sent(folder, name, value, word):
+@pytest.mark.parametrize("name,value", [
+    ("base_url", "ftp://127.0.0.1/v1"), ("base_url", "http://u:p@127.0.0.1/v1"),
+    ("base_url", "http://127.0.0.1:99999/v1"), ("base_url", "http://a b/v1"), ("model", None),
+    ("temperature", "hot"), ("temperature", "-1"), ("format", "json"), ("extra", "{"),
+    ("extra", "[1]"), ("context", "1q"), ("timeout", "soon"), ("retries", "1e9"),
+    ("ca_file", "/no/such/file"), ("OPENAI_API_KEY", None)])
+def test_a_bad_option_is_named_before_anything_is_sent(folder, name, value):
     with ScriptedServer([GOOD]) as server:
         result = ask(folder, server, **{name: value})
     assert (result.code, server.requests) == (2, [])
-    assert last_line(result).startswith(f"openai: {word}: ")
+    assert last_line(result).startswith(f"openai: {name}: ")
 
 
 def test_options_of_other_adapters_and_slips_are_named(folder):
@@ -396,7 +411,8 @@ def test_a_proxy_is_used_but_never_for_loopback(folder):
     with ScriptedServer([GOOD]) as proxy, ScriptedServer([GOOD]) as server:
         assert ask(folder, server, http_proxy=proxy.root).code == 0
         assert proxy.requests == [] and len(server.posts) == 1
-        assert ask(folder, server, base_url="http://model.invalid/v1", http_proxy=proxy.root).code == 0
+        far = "http://model.invalid/v1"
+        assert ask(folder, server, base_url=far, http_proxy=proxy.root).code == 0
     assert proxy.posts[0].path == "http://model.invalid/v1/chat/completions"
 
 
@@ -407,7 +423,8 @@ def test_certificates(folder):
         result = ask(folder, server)
         assert result.code == 5 and "ca_file" in last_line(result) and server.requests == []
         assert ask(folder, server, ca_file=str(pem)).code == 0
-        assert ask(folder, server, ca_file=pem.name, SCALARLOOP_CONFIG_DIR=str(pem.parent)).code == 0
+        beside = {"ca_file": pem.name, "SCALARLOOP_CONFIG_DIR": str(pem.parent)}
+        assert ask(folder, server, **beside).code == 0
         assert ask(folder, server, SSL_CERT_FILE=str(pem)).code == 0
         assert ask(folder, server, REQUESTS_CA_BUNDLE=str(pem)).code == 0
         assert ask(folder, server, ca_file=str(folder / "src/app.js")).code == 2
@@ -434,7 +451,7 @@ def wait_for(condition, seconds: float = 10.0) -> None:
 def test_help_is_the_docstring(folder, adapter):
     shown = subprocess.run([sys.executable, str(ADAPTERS / f"{adapter}.py"), "--help"],
                            env=environment(folder), capture_output=True, text=True)
-    assert shown.returncode == 0 and "Exit codes: 0" in shown.stdout
+    assert shown.returncode == 0 and "Exit codes: " in shown.stdout
 
 
 def test_a_package_that_is_named_openai_is_not_in_the_way(folder):
@@ -507,8 +524,8 @@ def test_it_starts_a_server_for_the_turn_and_stops_it(folder, llama):
                  **llama)
     assert result.code == 0 and (folder / "src/app.js").read_text() == "const a = 2;\n"
     pid, argv = recorded(folder)
-    assert argv == ["--host", "127.0.0.1", "--port", argv[3], "-m", llama["model"], "-np", "1", "-c",
-                    "4000", "--offline", "-t", "2", "-ngl", "9", "--mlock", "--prio", "2"]
+    assert argv == ["--host", "127.0.0.1", "--port", argv[3], "-m", llama["model"], "-np", "1",
+                    "-c", "4000", "--offline", "-t", "2", "-ngl", "9", "--mlock", "--prio", "2"]
     body = json.loads((folder.parent / "llama.json.request").read_text())
     assert '"src/app.js"' in body["grammar"] and body["max_tokens"] == 2000
     assert not is_alive(pid)
@@ -521,14 +538,15 @@ def test_the_model_is_found_beside_loop_ini(folder, llama):
 
 
 @pytest.mark.parametrize("more,code,word", [
-    ({"OPENAI_MODE": "broken"}, 10, "the model is broken"), ({"OPENAI_MODE": "dies"}, 11, "out of mem"),
+    ({"OPENAI_MODE": "broken"}, 10, "the model is broken"),
+    ({"OPENAI_MODE": "dies"}, 11, "out of memory"),
     ({"OPENAI_MODE": "slow", "start_timeout": "1"}, 10, "start_timeout"),
     ({"model": "/no/such.gguf"}, 10, "no file"), ({"model": None}, 10, "unset"),
     ({"port": "70000"}, 10, "port: 70000"), ({"port": "x"}, 2, "port"),
     ({"server": "/no/such/program"}, 10, "can't be run"), ({"grammar": "maybe"}, 2, "grammar"),
     ({"OPENAI_MODE": "hangs", "timeout": "1.5"}, 5, "longer than"),
     ({"PATH": "/nonexistent", "python": "/no/python"}, 10, "no llama-server on PATH")])
-def test_what_goes_wrong_with_the_server_is_said_and_it_never_stays(folder, llama, more, code, word):
+def test_what_goes_wrong_with_the_server_is_said(folder, llama, more, code, word):
     before = tree(folder)
     result = run("llamacpp", folder, **{**llama, **more})
     assert result.code == code and word in last_line(result), result.out
@@ -628,8 +646,8 @@ def test_claude_is_run_headless_and_confined(folder, claude):
     assert seen["CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC"] == "1"
     assert seen["CLAUDE_CODE_MAX_RETRIES"] == "2"
     for name in ("CLAUDE_CONFIG_DIR", "CLAUDE_CODE_TMPDIR"):
-        assert seen[name].startswith(str(folder.parent / "tmp") + "/claude-")
-    assert list((folder.parent / "tmp").iterdir()) == []
+        assert seen[name].startswith(str(folder.parent / "scratch") + "/claude-")
+    assert list((folder.parent / "scratch").iterdir()) == []
 
 
 def test_the_words_of_claude_are_quoted_but_for_the_token(folder, claude):
@@ -671,7 +689,7 @@ def test_claude_gets_the_sigterm(folder, claude):
     process.terminate()
     process.communicate(timeout=10)
     assert process.returncode == 143 and claude_record(folder)[3] == ["TERM"]
-    assert list((folder.parent / "tmp").iterdir()) == []
+    assert list((folder.parent / "scratch").iterdir()) == []
 
 
 def test_what_claude_leaves_behind_does_not_hold_it_up(folder, claude):
