@@ -3503,7 +3503,7 @@ class Plan:
     @property
     def winnable(self) -> bool:
         """Tell whether winning every pair is enough: a small `samples` can forbid it."""
-        return 2.0 ** min(self.pairs, 1000) >= self.need * NEARLY
+        return 2.0 ** self.pairs >= self.need * NEARLY
 
 
 @dataclass(frozen=True)
@@ -3707,13 +3707,12 @@ def _judge_by_duel(
     left = alpha_left(advance_noise(state, event), rules.risk or 0.0)
     evidence = (f"{len(duel.pairs)} pairs, odds {duel.odds:.3g} of {plan.need:.3g} needed, "
                 f"alpha left {left:.2g}")
+    rivals = [first for first, _ in duel.pairs if first is not None]
     runs = [second for _, second in duel.pairs if second is not None]
-    value = median(runs) if runs else screen
-    if duel.outcome is Reason.BETTER:
-        if _is_implausible(rules, median([first for first, _ in duel.pairs]), value):
-            evidence += ", gain beyond max_gain"
-            return Judgement(Reason.IMPLAUSIBLE, value, samples, evidence)
-    return Judgement(duel.outcome, value, samples, evidence)
+    value, outcome = median(runs) if runs else screen, duel.outcome
+    if outcome is Reason.BETTER and _is_implausible(rules, median(rivals), median(runs)):
+        outcome, evidence = Reason.IMPLAUSIBLE, evidence + ", gain beyond max_gain"
+    return Judgement(outcome, value, samples, evidence)
 
 
 def advance_noise(state: NoiseState, event: Mapping[str, Any]) -> NoiseState:
@@ -4040,6 +4039,9 @@ class State:
 
     def _on_turn(self, record: Record) -> None:
         self.turns += 1
+
+    def _on_duel(self, record: Record) -> None:
+        self.tried.add(record["tree"])      # a duel found open at a resume is lost
 
     def _on_iteration(self, record: Record) -> None:
         verdict = record["verdict"]
@@ -4955,7 +4957,7 @@ class Run:
         place = self.rooms[room]
         place.use_git(snapshot.tree)
         found = place.measure(gauge, self.visible(snapshot, gauge.key), seed)
-        if seconds is not None:
+        if seconds is not None and found.value is not None:     # a timeout is no run's usual cost
             seconds.append(round(found.seconds, 4))
         return found
 
@@ -5425,6 +5427,13 @@ def take_baseline(run: Run, gate: Gate) -> Optional[Baseline]:
                           f"{found.reason.value}: {found.detail}; mend it first" + quoted_tail(found))
                 continue
         gate.ok("guard", f"{guard.name} holds on the baseline")
+    metric = run.config.metric
+    if metric.samples and metric.samples < 12 and not exact:
+        gate.notice("metric", f"samples = {metric.samples} lets few duels be won: from 12 up is better")
+    if median(samples) == 0 and any(gain and gain.percent for gain in (metric.min_gain,
+                                                                       metric.max_gain)):
+        gate.notice("metric", "the baseline is 0, so a gain in percent means nothing: write an "
+                    "absolute one")
     holdout = holdout_baseline(run, gate)
     room.learning = False
     if run.config.metric.canary:

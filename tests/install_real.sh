@@ -15,7 +15,7 @@ install_npm() {   # PROGRAM PACKAGE
     [ -x "node_modules/.bin/$1" ] && "node_modules/.bin/$1" --version >/dev/null 2>&1 && return
     npm install --prefix . --no-audit --no-fund --loglevel error "$2" >"npm-$1.log" 2>&1
     "node_modules/.bin/$1" --version >/dev/null 2>&1 ||
-        loud "$2 can't be had ($(tail -n 1 "npm-$1.log"))"
+        loud "$2 can't be had ($(grep -i error "npm-$1.log" | head -n 2 | tr '\n' ' '))"
 }
 
 if command -v npm >/dev/null; then

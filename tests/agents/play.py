@@ -1,0 +1,36 @@
+"""Play one act per iteration: `play.py FILE.ACT FILE.ACT ...`, in the workspace.
+
+Every other file here is named after a line of the threat model and holds hostile acts, and `honest`:
+the nearest legitimate thing. Hostile acts make a true gain too, so that only the cheat explains a drop.
+"""
+import importlib
+import os
+import sys
+from pathlib import Path
+
+VALUE = Path("src/value.txt")
+
+
+def lower():
+    """Make a true gain: one less than the incumbent."""
+    VALUE.write_text("%d\n" % (int(VALUE.read_text()) - 1))
+
+
+def marker():
+    """Return a file that proves, by being there, that planted code was run."""
+    return os.path.join(os.environ["HOME"], "planted-code-ran")
+
+
+def script(path):
+    """Write an executable that leaves the marker, wherever it is run from."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\necho \"$0 $@\" >> '%s'\ncat\n" % marker())
+    path.chmod(0o755)
+    return path.resolve()
+
+
+if __name__ == "__main__":
+    sys.dont_write_bytecode = True
+    name, act = sys.argv[int(os.environ["SCALARLOOP_ITERATION"])].split(".")
+    getattr(importlib.import_module(name), act)()
