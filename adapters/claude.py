@@ -10,8 +10,8 @@ or export ANTHROPIC_API_KEY. For a try, in a folder that may be changed:
 Options ([adapter] in loop.ini; handed in as SCALARLOOP_OPT_<KEY>):
   model      a model's name or alias (claude's own choice)
   max_turns  most model calls in a turn (100)
-  tools      tools it may use (Read,Edit,Write,Glob,Grep). Others are let run without asking: add
-             Bash only where the isolation level confines the agent
+  tools      tools it may use (Read,Edit,Write,Glob,Grep, which can't delete a file or run a test).
+             Others are let run without asking: add Bash where the isolation confines the agent
   program    the program to run (claude, on PATH)
   args       more arguments for it, as on a command line
 Environment: ANTHROPIC_API_KEY or ANTHROPIC_AUTH_TOKEN (then claude gets an empty CLAUDE_CONFIG_DIR

@@ -219,14 +219,16 @@ line ::= LINE | "`" (LINE | "`" (LINE | "`" (LINE)))
 search ::= "FILE: " path "\n" block+
 block ::= "<<<<<<< SEARCH\n" part* "=======\n" part* ">>>>>>> REPLACE\n"
 part ::= "\n" | [^=>\n] [^\n]* "\n" | [=>] ("\n" | [^=>\n] [^\n]* "\n")
-name ::= [A-Za-z0-9_.-]
+name ::= first next*
+first ::= [A-Za-z0-9_-]
+next ::= [A-Za-z0-9_.-]
 path ::= '''.replace("LINE", LINE)
 
 
 def build_grammar(scope: Scope, format: str, may_read: bool) -> str:
     """Return as GBNF an answer whose edits name files in scope, or new ones that it covers."""
     paths = [quoted(path) for path in sorted(scope.files)[:500]]
-    paths += [glob_rule(glob) for glob in scope.globs if re.search(r"[*?]", glob)]
+    paths += [glob_rule(glob) for glob in scope.globs if glob not in scope.files]
     text = GRAMMAR.replace("WHAT", "edits | reads" if may_read else "edits")
     return text.replace("(edit |", f"({format} |") + " | ".join(paths) + "\n"
 
@@ -236,19 +238,23 @@ def quoted(text: str) -> str:
 
 
 def glob_rule(glob: str) -> str:
-    """Return a glob as grammar, its wildcards narrowed to what file names are made of."""
-    rules: List[str] = []
-    segments = glob.split("/")
-    for segment in segments[:-1]:
-        rules.append('(name+ "/")*' if segment == "**" else segment_rule(segment) + ' "/"')
-    rules.append('(name+ "/")* name+' if segments[-1] == "**" else segment_rule(segments[-1]))
-    return " ".join(rules)
+    """Return a glob as grammar, its wildcards narrowed to what plain file names are made of."""
+    *folders, last = split_glob(glob)
+    rules = ['(name "/")*' if part == "**" else segment_rule(part) + ' "/"' for part in folders]
+    return " ".join(rules + ['(name "/")* name' if last == "**" else segment_rule(last)])
 
 
 def segment_rule(segment: str) -> str:
-    parts = re.split(r"(\*+|\?|\[!?\]?[^\]]*\])", segment)
-    return " ".join("name*" if part.startswith("*") else "name" if part[0] in "?[" else quoted(part)
-                    for part in parts if part)
+    """Return one segment of a glob as grammar; a wildcard that begins it stands for no dot."""
+    rules: List[str] = []
+    for part in filter(None, re.split(r"(\*+|\?|\[!?\]?[^\]]*\])", segment)):
+        if part.startswith("*"):
+            rules.append("next*" if rules else "name")
+        elif part[0] in "?[":
+            rules.append("next" if rules else "first")
+        else:
+            rules.append(quoted(part))
+    return " ".join(rules)
 
 
 # ── parsing: three formats, one meaning ─────────────────────────────────────────────────────────

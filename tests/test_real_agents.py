@@ -28,6 +28,18 @@ pytestmark = pytest.mark.real
 REAL = Path(os.environ.get("SCALARLOOP_REAL_DIR") or "/nonexistent")
 KEY = "sk-dummy-0123456789"
 TOKEN = "SCALAR_LOOP_GIVE_UP"
+TIDY_MAIN = """\
+import sys
+
+from reader import read_numbers
+from luhn import compute_check_digit
+from report import format_result
+from legacy import compute_check_digit_by_table
+from trace import trace
+
+for number in read_numbers(sys.stdin):
+    sys.stdout.write(format_result(compute_check_digit(number)))
+"""
 SLIM_MAIN = """\
 import sys
 
@@ -125,7 +137,7 @@ def claude_script(turn: int, request: Request) -> Any:
     if turn == 0:
         return Reply(tools=[Tool("Read", {"file_path": path})])
     if turn == 1:
-        content = {1: SLIM_MAIN, 2: "print('METRIC bytes=1')\n"}.get(iteration, SLIM_REPORT)
+        content = {1: TIDY_MAIN, 2: "print('METRIC bytes=1')\n"}.get(iteration, SLIM_REPORT)
         return Reply(tools=[Tool("Write", {"file_path": path, "content": content})])
     return f"METRIC bytes=1\nThis isn't the moment for {TOKEN}."
 
@@ -235,8 +247,7 @@ def test_a_running_engine_is_used_by_its_url(bundle: Project, engine: Any) -> No
 
 def test_the_grammar_is_one_that_the_engine_enforces(engine: Any) -> None:
     """Whatever the model would say, it names files in scope, in every format."""
-    hostile = whole("../../etc/passwd") + "DELETE: build.py\n" + TOKEN
-    url = engine([Answer(hostile)])
+    url = engine([Answer(whole("src/../../etc/passwd") + "DELETE: build.py\n")])
     scope = edits.Scope(("src/**/*.py", "lib/[ab]?.py"), frozenset(["src/a.py", 'src/q".py']))
     for form in ("whole", "search"):
         for may_read in (False, True):
@@ -244,8 +255,7 @@ def test_the_grammar_is_one_that_the_engine_enforces(engine: Any) -> None:
                     "grammar": edits.build_grammar(scope, form, may_read),
                     "messages": [{"role": "user", "content": "Go."}]}
             said = post(url + "/v1/chat/completions", body)["choices"][0]["message"]["content"]
-            assert "etc/passwd" not in said and "build.py" not in said
-            assert re.match(r"FILE: (src/|lib/[\w.-]{2}\.py)", said), said
+            assert re.match(r"FILE: src/[^./]", said) and "etc/passwd" not in said, said
 
 
 def post(url: str, body: Any) -> Any:
@@ -260,7 +270,7 @@ def test_claude_against_a_real_engine(bundle: Project, engine: Any) -> None:
     play = [Answer(NO_MORE, when="- #1 "),
             Answer("I look first.", tool="Read", arguments={"file_path": "src/main.py"}),
             Answer(tool="Write", turn=1,
-                   arguments={"file_path": "src/main.py", "content": SLIM_MAIN}),
+                   arguments={"file_path": "src/main.py", "content": TIDY_MAIN}),
             Answer("Done.", turn=2)]
     bundle.config["agent"]["adapter"] = "claude"
     bundle.config["adapter"] = {"program": str(claude), "model": "toy"}
@@ -288,7 +298,7 @@ def codex_script(turn: int, request: Request) -> Any:
 
 def test_codex_as_the_agent_command(bundle: Project) -> None:
     codex = node_program("codex")
-    (bundle.tmp / "home" / ".codex").mkdir()
+    (bundle.tmp / "home" / ".codex").mkdir(exist_ok=True)
     with ScriptedServer(codex_script) as server:
         provider = ('model_providers.local={name="local", wire_api="responses", '
                     f'base_url="{server.url}", env_key="OPENAI_API_KEY"}}')
