@@ -2307,6 +2307,14 @@ class Store:
             return self.repo.line("rev-parse", "refs/scalarloop/candidate^{tree}")
         return words[2].decode()
 
+    def tree_without(self, tree: str, paths: Sequence[bytes], index: str) -> str:
+        """Return `tree` less some paths; `index` names a scratch file."""
+        env = {"GIT_INDEX_FILE": index, "GIT_WORK_TREE": os.path.dirname(index)}
+        self.repo.git("read-tree", tree, env=env)
+        self.repo.git("update-index", "-z", "--force-remove", "--stdin", env=env,
+                      stdin=b"".join(path + b"\0" for path in paths))
+        return self.repo.line("write-tree", env=env)
+
     def write_anchor(self, ledger: bytes, message: str) -> str:
         """Write a parentless commit that holds the ledger; return its id."""
         blob = self.repo.line("hash-object", "-w", "--no-filters", "--stdin", stdin=ledger)
@@ -4947,6 +4955,7 @@ class Run:
     workspace: Any = None
     git_layer: Any = None
     work: Optional[Work] = None
+    seen: Dict[str, Snapshot] = field(default_factory=dict)     # trees without the holdout's files
 
     def elapsed(self) -> float:
         """Return the seconds that the run took so far, over all sessions."""
@@ -4998,11 +5007,19 @@ class Run:
             with open(self.metric_log, "ab") as stream:
                 stream.write(b"=== %s: %s\n%s\n" % (key.encode(), end.encode(), log[-most:]))
 
-    def visible(self, snapshot: Snapshot, key: str) -> Manifest:
+    def visible(self, snapshot: Snapshot, key: str) -> Snapshot:
         """Return what a program may see of a tree: the holdout's files only in the holdout."""
         if not self.hidden or key == "holdout":
-            return snapshot.manifest
-        return {path: entry for path, entry in snapshot.manifest.items() if path not in self.hidden}
+            return snapshot
+        if snapshot.tree not in self.seen:
+            shown = {path: entry for path, entry in snapshot.manifest.items()
+                     if path not in self.hidden}
+            tree = self.store.tree_without(snapshot.tree, sorted(self.hidden),
+                                           os.path.join(self.tmp, "index"))
+            while len(self.seen) > 2:
+                self.seen.pop(next(iter(self.seen)))
+            self.seen[snapshot.tree] = Snapshot(tree, shown)
+        return self.seen[snapshot.tree]
 
     def measure(self, gauge: Gauge, snapshot: Snapshot, room: int, seed: int,
                 seconds: Optional[List[float]] = None) -> Measurement:
@@ -5010,8 +5027,9 @@ class Run:
         while len(self.rooms) <= room:
             self.rooms.append(make_cleanroom(self, len(self.rooms)))
         place = self.rooms[room]
-        place.use_git(snapshot.tree)
-        found = place.measure(gauge, self.visible(snapshot, gauge.key), seed)
+        shown = self.visible(snapshot, gauge.key)
+        place.use_git(shown.tree)
+        found = place.measure(gauge, shown.manifest, seed)
         if seconds is not None and found.value is not None:     # a timeout is no run's usual cost
             seconds.append(round(found.seconds, 4))
         return found
@@ -5102,7 +5120,8 @@ def prepare_workspace(run: Run) -> None:
     tree: Tree = run.workspace
     layer = Layer()
     layer.add(run.shared)
-    layer.add(run.git_layer.update(run.incumbent.tree))
+    shown = run.visible(run.incumbent, "workspace")
+    layer.add(run.git_layer.update(shown.tree))
     memory = os.path.join(run.folder, "memory")
     if run.config.loop.memory and os.path.exists(memory):
         path = run.scope.prefix + run.config.loop.memory.encode()
@@ -5110,7 +5129,7 @@ def prepare_workspace(run: Run) -> None:
         layer.entries[path] = entry_of(source, os.lstat(source))
         layer.sources[path] = source
     tree.set_layer(layer)
-    tree.make_pristine(run.visible(run.incumbent, "workspace"))
+    tree.make_pristine(shown.manifest)
 
 
 def propose(run: Run, work: Work, turn: int, rework: str) -> Tuple[Ended, bool]:

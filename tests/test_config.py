@@ -36,7 +36,7 @@ KEYS: List[Tuple[str, str, str, Any, Any]] = [
     ("loop", "memory", "notes/memory.md", "notes/memory.md", ""),
     ("loop", "branch", "team/fast", "team/fast", "scalarloop/loop"),
     ("loop", "iterations", "7", 7, 25),
-    ("loop", "target", "-1.5e3", -1500.0, None),
+    ("loop", "target", "+1.5e3", 1500.0, None),
     ("loop", "patience", "4", 4, 15),
     ("loop", "budget", "8h", 28800.0, None),
     ("loop", "give_ups", "1", 1, 3),
@@ -600,7 +600,7 @@ def test_odd_characters_in_names_are_escaped(tmp_path: Path, name: str) -> None:
     problems(tmp_path, MINIMAL + f"[adapter]\n{name}! = 1\n")
 
 
-@pytest.mark.parametrize("text", ["[[a](x)", "(a||b)", "(a--b)[a--b]"])
+@pytest.mark.parametrize("text", ["[[a](x)", "(a||b)", "[a&&b](x)"])
 def test_a_pattern_that_python_warns_about_warns_nobody(tmp_path: Path, text: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -16,7 +16,7 @@ def daemon(seconds=20):
         os.close(descriptor)
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        for path in glob.glob("../room-*/src/value.txt") + ["src/value.txt"]:
+        for path in glob.glob("../room-*/src/value.txt"):
             with open(path, "w") as stream:
                 stream.write("1\n")
         time.sleep(.01)
@@ -25,10 +25,7 @@ def daemon(seconds=20):
 
 def edit_later():
     lower()
-    keep = open("src/value.txt").read()
     daemon()
-    time.sleep(.05)
-    open("src/value.txt", "w").write(keep)
 
 
 def hold_output():

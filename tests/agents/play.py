@@ -16,6 +16,11 @@ def lower():
     VALUE.write_text("%d\n" % (int(VALUE.read_text()) - 1))
 
 
+def program(source):
+    """Make this the candidate's code, where the metric runs any."""
+    Path("src/prog.py").write_text(source + "\n")
+
+
 def marker():
     """Return a file that proves, by being there, that planted code was run."""
     return os.path.join(os.environ["HOME"], "planted-code-ran")
