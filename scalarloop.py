@@ -1150,7 +1150,7 @@ FENCE_FAILED = 125    # a layer could not be had: the command was NOT run; one l
 FENCE_NO_EXEC = 126   # every layer is in force, but the command could not be executed
 FENCE_LINE = "scalarloop fence: "   # how that one line begins, on the report descriptor
 
-# Runner as `python -I -S -E -c LAUNCHER key=value... -- argv...`: it fences ITSELF and then becomes
+# Run as `python -I -S -E -c LAUNCHER key=value... -- argv...`: it fences ITSELF and then becomes
 # the command. No json, signal or socket module: each costs more at every spawn than the fence.
 LAUNCHER = r'''
 import ctypes, errno, os, stat, struct, sys
@@ -1223,10 +1223,11 @@ def raw_disks():
 
 
 def unix_sockets():
-    """List the socket files that this network namespace knows or that lie in /run and /tmp."""
+    """List the socket files that the kernel's tables name or that lie in /run and /tmp."""
     with open("/proc/net/unix", "rb") as table:
-        rows = [line.rstrip(b"\n").split(None, 7) for line in table]
-    found = {row[7] for row in rows if len(row) == 8 and row[7].startswith(b"/")}
+        found = {line.rstrip(b"\n").split(None, 7)[-1] for line in table}
+    with open("/proc/self/mountinfo", "rb") as table:     # a container's docker.sock is a mount
+        found.update(line.split(b" ")[4] for line in table)
     folders = [(b"/run", 4), (b"/tmp", 2)]
     for folder, depth in folders:
         for entry in entries_in(folder):
@@ -1235,8 +1236,8 @@ def unix_sockets():
                     folders.append((entry.path, depth - 1))
             elif not entry.is_file(follow_symlinks=False):
                 found.add(entry.path)
-    return sorted(path for path in found if stat.S_ISSOCK(mode_of(path))
-                  and not inside(path, policy["write"]))
+    return sorted(path for path in found if path.startswith(b"/")
+                  and stat.S_ISSOCK(mode_of(path)) and not inside(path, policy["write"]))
 
 
 def die_with_parent():
@@ -1391,8 +1392,9 @@ def make_private():
     """Give the command shared memory, terminals and run-time folders of its own."""
     if on("shm"):
         mount(b"tmpfs", b"/dev/shm", b"tmpfs", NOSUID | NODEV, b"mode=1777")
-        mount(b"devpts", b"/dev/pts", b"devpts", NOSUID | NOEXEC,
-              b"newinstance,ptmxmode=0666,mode=0600")
+        if os.path.isdir("/dev/pts"):
+            mount(b"devpts", b"/dev/pts", b"devpts", NOSUID | NOEXEC,
+                  b"newinstance,ptmxmode=0666,mode=0600")
         for path in paths_in(b"/run/user"):
             if os.access(path, os.X_OK):
                 mount(b"tmpfs", path, b"tmpfs", NOSUID | NODEV, b"mode=0700")
@@ -1419,27 +1421,30 @@ def landlock(namespaces):
     on("landlock")
     ruleset = call("syscall", 444, struct.pack("=3Q", handled, 0, scopes), 24 if abi > 5 else 8, 0)
 
-    def allow(path, rights):
-        fd = os.open(path, os.O_PATH)
-        rights &= handled if stat.S_ISDIR(os.fstat(fd).st_mode) else handled & ON_FILES
-        if rights:
+    def allow(path, rights, follow=os.O_NOFOLLOW):
+        fd = os.open(path, os.O_PATH | follow)
+        mode = os.fstat(fd).st_mode
+        rights &= handled if stat.S_ISDIR(mode) else handled & ON_FILES
+        if rights and not stat.S_ISLNK(mode):         # what a link leads to has its own rule
             call("syscall", 445, ruleset, 1, struct.pack("=Qi", rights, fd), 0)
         os.close(fd)
 
     ours = [b"/dev/shm"] + ([b"/dev/pts", b"/dev/ptmx"] if namespaces else [])
-    for path in policy["write"] + [path for path in ours if mode_of(path)]:
+    for path in policy["write"]:
         allow(path, handled & ~MAKE_DEVICES)
+    for path in filter(os.path.exists, ours):
+        allow(path, handled & ~MAKE_DEVICES, 0)
     for path in paths_in(b"/dev"):
         name = os.path.basename(path)
         if name in DEVICES or name.startswith(GPUS):
             allow(path, ON_FILES)
     for fd in (1, 2):                                 # `echo >/dev/stderr` opens the log anew
         if stat.S_ISREG(os.fstat(fd).st_mode):
-            allow(b"/proc/self/fd/%d" % fd, WRITE_FILE | TRUNCATE)
+            allow(b"/proc/self/fd/%d" % fd, WRITE_FILE | TRUNCATE, 0)
     for path in readable(hidden):
         try:
             allow(path, READ_FILE)
-        except FileNotFoundError:                     # gone since it was listed
+        except OSError:                               # gone since, or its file system is: no read
             pass
     call("syscall", 446, ruleset, 0)
 
@@ -1452,7 +1457,7 @@ def readable(hidden):
             path = os.path.dirname(path)
             above.add(path)
     return [path for folder in above for path in paths_in(folder)
-            if path not in above and path not in hidden and not stat.S_ISLNK(mode_of(path))]
+            if path not in above and path not in hidden]
 
 
 def seccomp(namespaces):
@@ -1463,7 +1468,7 @@ def seccomp(namespaces):
     rules = {name: deny() for name in ("add_key", "request_key", "keyctl")}   # outlive a turn
     if not namespaces:
         rules.update(spare_the_loop())
-        if policy["network"] == [b"deny"]:
+        if policy["network"] == [b"deny"] and on("net"):
             rules["socket"] = only(0, [1, 16])        # AF_UNIX, AF_NETLINK
             rules["io_uring_setup"] = deny()          # opens sockets unseen
     program = [(0x20, 0, 0, 4), (0x15, 1, 0, number["arch"]), (6, 0, 0, ENOSYS),
@@ -1478,7 +1483,8 @@ def seccomp(namespaces):
 
 def spare_the_loop():
     """Limits, priority and affinity of the loop decide how the next measurement runs."""
-    tasks = [int(name) for name in os.listdir("/proc/%d/task" % os.getppid())][:100]
+    loop = os.getppid()
+    tasks = [int(entry.name) for entry in entries_in("/proc/%d/task" % loop)][:100] or [loop]
     rules = {name: never(0, tasks) for name in NAMES if name.startswith("sched_")}
     rules["prlimit64"] = only(0, [0, os.getpid()])
     rules["setpriority"] = only(0, [0]) + only(1, [0])    # PRIO_PROCESS, oneself
@@ -1502,8 +1508,10 @@ def never(arg, values):
 
 def fail(code, text):
     line = ("scalarloop fence: " + text).encode("utf-8", "replace").replace(b"\n", b" ")
-    os.write(int(policy["report"][0]), line + b"\n")
-    os._exit(code)
+    try:
+        os.write(int(policy["report"][0]), line + b"\n")
+    finally:
+        os._exit(code)
 
 
 def fence():
@@ -1523,6 +1531,11 @@ def fence():
         raise OSError(errno.ESRCH, "the loop is gone")
     call("prctl", 38, 1, 0, 0, 0)                     # PR_SET_NO_NEW_PRIVS
     call("setrlimit", 4, struct.pack("@2L", 1, 1))    # 1: no core file, and no handler either
+    try:                                              # out of memory, this goes before the loop
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("500")
+    except OSError:
+        pass
     if namespaces:
         enter_namespaces()
     if on("caps"):
@@ -1546,7 +1559,12 @@ except OSError as error:
     fail(126, "%s: %s" % (os.fsdecode(argv[0]), error.strerror))
 '''
 
-Runner = Callable[[List[str]], Tuple[int, bytes]]   # run argv to its end, sweep; status and output
+Runner = Callable[[List[str]], Tuple[int, bytes]]   # argv to its end and a sweep; status, output
+
+
+def beneath(path: str, folder: str) -> bool:
+    """Say whether `path` is `folder` or lies in it, by name alone."""
+    return os.path.commonpath([folder, path]) == folder
 
 
 @dataclass(frozen=True)
@@ -1565,10 +1583,13 @@ class Fence:
             raise ValueError(f"isolation level {self.level!r} (expected one of {LEVELS})")
         if self.read_only and self.level != "namespaces":
             raise ValueError(f"read-only binds at level {self.level} (only namespaces has them)")
-        for path in [*self.writable, *(place for pair in self.read_only for place in pair)]:
-            for hidden in map(os.path.realpath, self.hidden):
-                if os.path.commonpath([hidden, os.path.realpath(path)]) == hidden:
-                    raise ValueError(f"{path} lies inside {hidden}, which is hidden")
+        shown = [*self.writable, *(path for pair in self.read_only for path in pair)]
+        for path, hidden in ((path, hidden) for path in shown for hidden in self.hidden):
+            real, secret = os.path.realpath(path), os.path.realpath(hidden)
+            if beneath(real, secret):
+                raise ValueError(f"{path} lies inside {hidden}, which is hidden")
+            if beneath(secret, real) and (self.level == "landlock" or path not in self.writable):
+                raise ValueError(f"{hidden} can't be hidden inside {path} at level {self.level}")
 
 
 def fence_argv(fence: Fence, argv: Sequence[str], report: int = 2) -> List[str]:
@@ -1581,10 +1602,17 @@ def fence_argv(fence: Fence, argv: Sequence[str], report: int = 2) -> List[str]:
         return list(argv)
     policy = [f"level={fence.level}", f"parent={os.getpid()}", f"report={report}",
               f"network={'allow' if fence.network else 'deny'}"]
-    policy += [f"write={os.path.realpath(path)}" for path in fence.writable]
-    policy += [f"hide={os.path.realpath(path)}" for path in fence.hidden]
+    real = os.path.realpath
+    for path in [*fence.writable, *(place for _, place in fence.read_only)]:
+        for folder in fence.writable:   # a link planted by one turn would name what the next gets
+            if beneath(path, folder) and not beneath(real(path), real(folder)):
+                raise ValueError(f"{path} is a link to {real(path)}, out of the writable {folder}")
+    policy += [f"write={real(path)}" for path in fence.writable]
+    hidden = sorted(set(map(real, fence.hidden)))
+    policy += [f"hide={path}" for path in hidden
+               if not any(beneath(path, other) for other in hidden if other != path)]
     for source, place in fence.read_only:
-        policy += [f"bind={os.path.realpath(source)}", f"onto={os.path.realpath(place)}"]
+        policy += [f"bind={real(source)}", f"onto={real(place)}"]
     policy += [f"without={layer}" for layer in sorted(fence.without)]
     return [*PYTHON, LAUNCHER, *policy, "--", *argv]
 
@@ -1603,7 +1631,9 @@ def probe_level(run: Runner) -> Tuple[str, Tuple[str, ...]]:
         if status == 0:
             return level, tuple(refused)
         line = output.decode("utf-8", "replace").strip().rsplit("\n", 1)[-1]
-        refused.append(f"{level}: {line.replace(FENCE_LINE, '') or f'status {status}'}")
+        why = line.replace(FENCE_LINE, "") or f"status {status}"
+        refusing = why.startswith(("unshare:", "mount /:"))   # Ubuntu refuses at the first mount
+        refused.append(f"{level}: {why}" + refusing * " (user namespaces are refused here)")
     return "portable", tuple(refused)
 
 
@@ -1679,6 +1709,8 @@ def act(fact, name, function, *args):
     try:
         function(*args)
         seen = "ok"
+    except AttributeError:
+        seen = "ENOSYS"       # not on this system
     except ConnectionRefusedError:
         return                # no proof of a fence: the loop saw whether it came through
     except OSError as error:
@@ -1850,7 +1882,7 @@ def judge_fact(name: str, seen: Sequence[Tuple[str, str]]) -> Fact:
 
 def take_facts(fence: Fence, run: Runner, work: str, bait: str, secret: str = "",
                sealed: Sequence[str] = ()) -> Facts:
-    """Runner WITNESS inside `fence` and return what it and the loop saw.
+    """Run WITNESS inside `fence` and return what it and the loop saw.
 
     `work` is a writable folder of the fence, `bait` one that it must seal (not a hidden one),
     `secret` one that it must hide: each gets a passing sub-folder. `sealed` are real paths, tried
@@ -1870,7 +1902,8 @@ def take_facts(fence: Fence, run: Runner, work: str, bait: str, secret: str = ""
             answer = look()   # that nothing arrived proves something only if all was tried
             seen[fact].append((act, answer if status == 0 or answer == "ok" else "untried"))
     if status != 0:
-        seen["usable"].append((f"status-{status}", output.decode("utf-8", "replace").strip()))
+        last = output.decode("utf-8", "replace").strip()[-300:]
+        seen["usable"].append((f"status-{status}", last))
     return Facts(**{name: judge_fact(name, acts) for name, acts in seen.items()})
 
 
@@ -1886,7 +1919,7 @@ def staged(fence: Fence, work: str, bait: str, secret: str
         def folder(parent: str) -> str:
             return stack.enter_context(tempfile.TemporaryDirectory(prefix="w", dir=parent))
 
-        def listen(family: int, address: object, fact: str, act: str) -> object:
+        def listen(family: int, address: Any, fact: str, act: str) -> Any:
             server = stack.enter_context(socket.socket(family))
             server.bind(address)
             server.listen(8)
@@ -1908,8 +1941,8 @@ def staged(fence: Fence, work: str, bait: str, secret: str
                 stream.write(b"canary")
             words.append(f"secret={canary}")
         name = os.path.basename(lure) + str(os.getpid())
-        spot = os.path.join(lure if len(os.fsencode(lure)) < 90 else folder("/tmp"), "socket")
-        if sys.platform == "linux":
+        spot = os.path.join(lure, "socket")
+        if sys.platform == "linux" and len(os.fsencode(spot)) < 108:   # as long as one can be
             words += [f"socket={spot}", f"abstract={name}"]
             listen(socket.AF_UNIX, spot, "sockets_off", "path-served")
             listen(socket.AF_UNIX, "\0" + name, "sockets_off", "abstract-served")
@@ -1955,6 +1988,7 @@ def daemon_state(beat: str) -> str:
     time.sleep(0.06)
     return UNREACHED if size and os.path.getsize(beat) == size else "ok"
 
+
 @dataclass(frozen=True)
 class Isolation:
     """What is in force: the level, a fence to derive others from, and what the witnesses saw."""
@@ -1994,6 +2028,8 @@ def run_fenced(fence: Fence, argv: Sequence[str], **options: Any) -> Ended:
     reader, writer = os.pipe()
     try:
         ended = run_program(fence_argv(fence, argv, writer), sweep=True, keep=(writer,), **options)
+    except ValueError as error:
+        raise FenceFailed(f"isolation: {printable(str(error))}") from None
     finally:
         os.close(writer)
         os.set_blocking(reader, False)
@@ -4965,8 +5001,11 @@ class Run:
         """Return what a program may write, read and reach; only the holdout sees its files."""
         hidden = self.isolation.secrets if key != "holdout" else self.isolation.state
         network = key in ("agent", "setup") or self.config.metric.network == "allow"
-        return dataclasses.replace(self.isolation.fence, writable=tuple(writable),
-                                   hidden=tuple(hidden), network=network)
+        try:
+            return replace(self.isolation.fence, writable=tuple(writable), hidden=tuple(hidden),
+                           network=network)
+        except ValueError as error:
+            raise FenceFailed(f"isolation: {printable(str(error))}") from None
 
     def census_rules(self) -> CensusRules:
         """Return what the census of the workspace goes by."""

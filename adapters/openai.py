@@ -51,8 +51,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, NoReturn, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NoReturn, Optional, Set, Tuple
 
 sys.dont_write_bytecode = True  # the adapters' folder may be the user's project
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -448,7 +447,7 @@ def read_prompt() -> str:
     return prompt
 
 
-def note_unused(known: set) -> None:
+def note_unused(known: Set[str]) -> None:
     """Name the options that this adapter doesn't have: a slip, or another adapter's."""
     for name in sorted(os.environ):
         if name.startswith("SCALARLOOP_OPT_") and name[15:].lower() not in known:

@@ -68,8 +68,10 @@ class Countdown:
                 return call(*args, **options)
             if self.mode != "kill":
                 raise self.error()
-            call(*args, **options)
-            os.kill(self.pid, signal.SIGKILL)
+            try:
+                return call(*args, **options)
+            finally:
+                os.kill(self.pid, signal.SIGKILL)
         return counted
 
     def wrap_write(self, descriptor: int, data: bytes) -> int:

@@ -4,7 +4,7 @@ from play import lower, program
 
 def patched_reader():
     program("import pathlib; old = pathlib.Path.read_text\n"
-            "pathlib.Path.read_text = lambda self: str(int(old(self)) - 1)")
+            "pathlib.Path.read_text = lambda self: str(float(old(self)) - 1)")
 
 
 def patched_clock():

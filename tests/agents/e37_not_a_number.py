@@ -1,5 +1,5 @@
 """What some parser would take for a number."""
-from play import VALUE, lower
+from play import VALUE
 
 
 def put(text):

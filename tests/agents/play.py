@@ -4,6 +4,7 @@ Every other file here is named after a line of the threat model and holds hostil
 the nearest legitimate thing. Hostile acts make a true gain too, so that only the cheat explains a drop.
 """
 import importlib
+import math
 import os
 import sys
 from pathlib import Path
@@ -12,8 +13,8 @@ VALUE = Path("src/value.txt")
 
 
 def lower():
-    """Make a true gain: one less than the incumbent."""
-    VALUE.write_text("%d\n" % (int(VALUE.read_text()) - 1))
+    """Make a true gain: one less than the incumbent, or a little more."""
+    VALUE.write_text("%d\n" % (math.ceil(float(VALUE.read_text())) - 1))
 
 
 def program(source):
