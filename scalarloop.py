@@ -47,11 +47,11 @@ notice stays with it. It is provided "as is", without warranty of any kind.
 """
 from __future__ import annotations
 
-import configparser
 import contextlib
 import dataclasses
 import difflib
 import enum
+import errno
 import fcntl
 import fnmatch
 import functools
@@ -244,53 +244,30 @@ class Gain(NamedTuple):
         return min(self.amount / 100 * abs(reference), LARGEST) if self.percent else self.amount
 
 
-def parse_text(text: str) -> str:
-    """Accept any text that is not empty."""
-    if not text:
-        raise ValueError("some text")
-    return text
+def matching(pattern: str, expected: str, convert: Callable[[str], Any] = str
+             ) -> Callable[[str], Any]:
+    """Return a parser of whole texts; its ValueError says what was expected."""
+    def parse(text: str) -> Any:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(expected)
+        return convert(text)
+    return parse
 
 
-def parse_name(text: str) -> str:
-    """Accept a name that is safe as a folder, a branch part and a ref part."""
-    if not re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.|lock$|$)){0,63}", text):
-        raise ValueError("letters, digits, '_', '-' and single dots, at most 64 characters")
-    return text
+def is_yes(text: str) -> bool:
+    """Return what a word that stands for yes or no means."""
+    return text.lower() in ("yes", "true", "on")
 
 
-def parse_count(text: str) -> int:
-    """Accept a whole number from 1 up."""
-    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) == 0:
-        raise ValueError("a whole number from 1 to 999999999")
-    return int(text)
-
-
-def parse_whole(text: str) -> int:
-    """Accept a whole number from 0 up."""
-    if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise ValueError("a whole number from 0 to 999999999")
-    return int(text)
-
-
-def parse_samples(text: str) -> int:
-    """Accept the most runs of one candidate; fewer than 5 can't decide anything."""
-    if not re.fullmatch(r"[0-9]{1,6}", text) or int(text) < 5:
-        raise ValueError("a whole number from 5 up")
-    return int(text)
-
-
-def parse_not_yet(text: str) -> bool:
-    """Accept `no`; the feature is not yet supported."""
-    if text.lower() != "no":
-        raise ValueError("no; this is not yet supported")
-    return False
-
-
-def parse_workers(text: str) -> int:
-    """Accept 1; more is not yet supported."""
-    if text != "1":
-        raise ValueError("1; more than one worker is not yet supported")
-    return 1
+parse_text = matching(r"(?s).+", "some text")
+parse_name = matching(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.|lock$|$)){0,63}",
+                      "letters, digits, '_', '-' and single dots, at most 64 characters")
+parse_count = matching(r"(?!0+$)[0-9]{1,9}", "a whole number from 1 to 999999999", int)
+parse_whole = matching(r"[0-9]{1,9}", "a whole number from 0 to 999999999", int)
+parse_samples = matching(r"(?!0*[0-4]$)[0-9]{1,6}", "a whole number from 5 up", int)
+parse_bool = matching(r"(?i)yes|no|true|false|on|off", "yes or no", is_yes)
+parse_not_yet = matching(r"(?i)no", "no; this is not yet supported", is_yes)
+parse_workers = matching(r"1", "1; more than one worker is not yet supported", int)
 
 
 def parse_number(text: str) -> float:
@@ -361,11 +338,7 @@ def parse_size(text: str) -> int:
     return int(match[1]) << {"": 0, "k": 10, "m": 20, "g": 30}[match[2]]
 
 
-def parse_bool(text: str) -> bool:
-    """Accept yes or no."""
-    if text.lower() not in ("yes", "no", "true", "false", "on", "off"):
-        raise ValueError("yes or no")
-    return text.lower() in ("yes", "true", "on")
+COMMENT = re.compile(r"(^|\s)#")
 
 
 def parse_words(text: str) -> Tuple[str, ...]:
@@ -374,8 +347,10 @@ def parse_words(text: str) -> Tuple[str, ...]:
         words = tuple(shlex.split(text))
     except ValueError as error:
         raise ValueError(f"words with balanced quotes; {error}".lower()) from None
-    if not words or not all(words):
+    if not words or not words[0]:
         raise ValueError("at least one word")
+    if COMMENT.search(text) and shlex.split(text, comments=True) != list(words):
+        raise ValueError("words alone; a comment stands on a line of its own")
     return words
 
 
@@ -392,7 +367,7 @@ def parse_command(text: str) -> Tuple[str, ...]:
 def parse_globs(text: str) -> Tuple[str, ...]:
     """Accept globs relative to loop.ini's folder, one to a word."""
     for glob in parse_words(text):
-        if glob.startswith(("/", "~")) or ".." in glob.split("/"):
+        if not glob or glob.startswith(("/", "~")) or ".." in glob.split("/"):
             raise ValueError("globs relative to loop.ini's folder, without '..'")
     return parse_words(text)
 
@@ -432,6 +407,8 @@ def parse_pattern(text: str) -> str:
 
 def parse_branch(text: str) -> str:
     """Accept a branch name that git accepts and that no team calls its own."""
+    if not text:
+        raise ValueError("a valid branch name")
     protected = ("main", "master", "trunk", "develop", "HEAD")
     if text in protected or text.startswith(("release/", "refs/", "-")):
         raise ValueError("a branch of its own; main, master, trunk, develop and release/* are "
@@ -443,11 +420,7 @@ def parse_branch(text: str) -> str:
 
 def parse_choice(*choices: str) -> Callable[[str], str]:
     """Return a parser that accepts one of `choices`."""
-    def parse(text: str) -> str:
-        if text not in choices:
-            raise ValueError("one of " + ", ".join(choices))
-        return text
-    return parse
+    return matching("|".join(map(re.escape, choices)), "one of " + ", ".join(choices))
 
 
 NUMBER = re.compile(rb"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
@@ -638,23 +611,78 @@ def load_config(path: str) -> Config:
     path = os.path.abspath(path)
     shown = os.path.basename(path)
     try:
+        if stat.S_ISFIFO(os.stat(path).st_mode):
+            raise OSError(errno.EINVAL, "it is a pipe")
         with open(path, "rb") as stream:
             raw = stream.read(CHUNK + 1)
     except OSError as error:
         raise ConfigError([f"{shown}: can't be read: {error.strerror or error} ({path})"]) from None
     if len(raw) > CHUNK:
         raise ConfigError([f"{shown}: is larger than 1 MB (expected a loop.ini)"])
-    parser = configparser.ConfigParser(interpolation=None, default_section="\0", delimiters=("=",),
-                                       comment_prefixes=("#", ";"))
-    parser.optionxform = str  # type: ignore[assignment]
     try:
-        parser.read_string(raw.decode("utf-8-sig"), shown)
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError([f"{shown}: is not UTF-8 text (byte {error.start})"]) from None
-    except configparser.Error as error:
-        raise ConfigError([f"{shown}: " + " ".join(str(error).split())]) from None
-    return build_config(path, hashlib.sha256(raw).hexdigest(),
-                        {name: dict(parser.items(name)) for name in parser.sections()})
+    if "\0" in text:
+        raise ConfigError([f"{shown}: holds a NUL character (expected text)"])
+    return build_config(path, hashlib.sha256(raw).hexdigest(), read_sections(text, shown))
+
+
+def read_sections(text: str, shown: str) -> Dict[str, Dict[str, str]]:
+    """Split an INI text into sections and keys; raise ConfigError with every line that is neither.
+
+    Not configparser: it stops at the first fault, drops what follows a section's name, and reads
+    otherwise from one Python to the next. A comment fills its line; an indented line goes on with
+    the value above it, and so may not look like a key.
+    """
+    sections: Dict[str, Dict[str, List[str]]] = {}
+    problems: List[str] = []
+    section, keys = "", None
+    value: List[str] = []
+
+    def wrong(line: str, why: str) -> None:
+        problems.append(f"{shown}: line {number}: {printable(line, 60)!r} {why}")
+
+    for number, line in enumerate(re.split("\r\n|\r|\n", text), 1):
+        bare = line.strip()
+        name, equals, rest = (part.strip() for part in bare.partition("="))
+        if bare.startswith(("#", ";")):
+            continue
+        if not bare or (line[0] in " \t" and value):
+            if name in known_keys(section):
+                wrong(bare, "is indented, so it would belong to the value above (expected a key at "
+                      "the start of its line)")
+            value.append(bare)
+        elif bare.startswith("["):
+            section, keys, value = bare[1:-1], {}, []
+            if not re.fullmatch(r"\[[^\[\]]+\]", bare):
+                wrong(bare, "is no section's name (expected [name] alone)")
+            elif section in sections:
+                problems.append(f"{shown}: [{printable(section)}]: stands twice, again in line "
+                                f"{number} (expected once)")
+            else:
+                sections[section] = keys
+        elif keys is None:
+            wrong(bare, "stands before any section (expected [loop] first)")
+            keys = {}
+        elif not equals or not name or line[0] in " \t":
+            wrong(bare, "is neither a section nor a key (expected [name] or key = value)")
+        else:
+            if name in keys:
+                problems.append(f"{shown}: [{printable(section)}] {printable(name)}: stands "
+                                f"twice, again in line {number} (expected once)")
+            keys[name] = value = [rest]
+    if problems:
+        raise ConfigError(problems)
+    return {name: {key: "\n".join(lines).strip() for key, lines in found.items()}
+            for name, found in sections.items()}
+
+
+def known_keys(section: str) -> Tuple[str, ...]:
+    """Return the keys of a section; of [adapter] and of unknown ones nothing is known."""
+    schema = GuardOptions if section.startswith("guard.") else SECTIONS.get(section)
+    return tuple(f.name for f in dataclasses.fields(schema) if f.metadata) if schema else ()
+
 
 
 def build_config(path: str, digest: str, sections: Dict[str, Dict[str, str]]) -> Config:
@@ -665,7 +693,7 @@ def build_config(path: str, digest: str, sections: Dict[str, Dict[str, str]]) ->
     guards: List[GuardOptions] = []
     adapter: Dict[str, str] = {}
     for section, keys in sections.items():
-        at = f"{shown}: [{section}]"
+        at = f"{shown}: [{printable(section)}]"
         if section in SECTIONS:
             values[section] = parse_section(SECTIONS[section], keys, at, problems)
         elif section.startswith("guard.") and re.fullmatch(r"[A-Za-z0-9_-]{1,40}", section[6:]):
@@ -673,6 +701,9 @@ def build_config(path: str, digest: str, sections: Dict[str, Dict[str, str]]) ->
             guards.append(dataclasses.replace(guard, name=section[6:]))
         elif section == "adapter":
             adapter = parse_adapter(keys, at, problems)
+        elif section == "guard" or section.startswith("guard."):
+            problems.append(f"{at}: can't be a guard's name (expected [guard.NAME] with letters, "
+                            "digits, '_' and '-' in NAME)")
         elif section in NOT_YET:
             problems.append(f"{at}: is not yet supported (leave it out)")
         else:
@@ -705,7 +736,7 @@ def parse_section(schema: Any, keys: Dict[str, str], at: str, problems: List[str
     found: Dict[str, Any] = {}
     for name, text in keys.items():
         if name not in fields:
-            problems.append(f"{at} {name}: unknown key" + close_match(name, list(fields)))
+            problems.append(f"{at} {printable(name)}: unknown key" + close_match(name, list(fields)))
             continue
         try:
             if "\0" in text:
@@ -723,7 +754,7 @@ def parse_adapter(keys: Dict[str, str], at: str, problems: List[str]) -> Dict[st
     for name, text in keys.items():
         variable = "SCALARLOOP_OPT_" + name.upper().replace("-", "_")
         if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable) or "\0" in text:
-            problems.append(f"{at} {name}: can't be an option (expected letters, digits and '_')")
+            problems.append(f"{at} {printable(name)}: can't be an option (expected letters, digits and '_')")
         elif variable in options:
             problems.append(f"{at} {name}: given twice in other letters (expected once)")
         options[variable] = text
@@ -751,14 +782,21 @@ def cross_check(config: Config, given: Dict[str, Dict[str, str]], shown: str) ->
          "[loop] goal: is missing (expected what the agent is to do)"),
         (not {"command", "adapter"} <= agent_keys,
          "[agent] adapter: stands beside command (expected one of them)"),
-        (bool(metric.produce) == bool(metric.outputs),
+        (len({"produce", "outputs"} & named.get("metric", set())) != 1,
          "[metric] outputs: goes with produce (expected both or neither)"),
         (not (metric.pattern and metric.name),
          "[metric] name: stands beside pattern (expected one of them)"),
         ("holdout" not in given or "command" in named["holdout"],
          "[holdout] command: is missing (expected a command that prints METRIC name=number)"),
-        (config.agent.max_cost is None or config.agent.price_per_turn > 0,
-         "[agent] max_cost: needs price_per_turn (expected both)"),
+        ("max_cost" not in agent_keys or "price_per_turn" in agent_keys
+         and config.agent.price_per_turn > 0,
+         "[agent] max_cost: needs a price_per_turn above 0 (expected both)"),
+        (metric.max_gain is None or metric.max_gain.percent != metric.min_gain.percent
+         or metric.max_gain.amount > metric.min_gain.amount,
+         "[metric] max_gain: is not above min_gain, so nothing could be kept (expected more)"),
+        (loop.target is None or (metric.bounds[0] is None or loop.target >= metric.bounds[0])
+         and (metric.bounds[1] is None or loop.target <= metric.bounds[1]),
+         "[loop] target: lies outside [metric] bounds, so it can't be reached (expected one inside)"),
         (config.isolation.level != "external" or bool(metric.runner),
          "[isolation] level: external needs [metric] runner (expected the prefix that isolates)"),
     ]
@@ -767,7 +805,8 @@ def cross_check(config: Config, given: Dict[str, Dict[str, str]], shown: str) ->
         at = f"{shown}: [guard.{guard.name}]"
         if "command" not in named[f"guard.{guard.name}"]:
             problems.append(f"{at} command: is missing (expected a command that exits 0)")
-        if bool(guard.pattern) != (guard.tolerance is not None and guard.tolerance > 0):
+        keys = named[f"guard.{guard.name}"]
+        if len({"pattern", "tolerance"} & keys) == 1 or guard.tolerance == 0:
             problems.append(f"{at} tolerance: goes with pattern (expected both, tolerance above 0)")
     return problems
 

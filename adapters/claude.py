@@ -39,13 +39,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-from typing import IO, Any, Dict, List, NoReturn
+from typing import IO, Dict, List
 
 sys.dont_write_bytecode = True  # the adapters' folder may be the user's project
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from edits import GIVE_UP, SECRETS, USAGE, AdapterError, echo, printable, say  # noqa: E402
+from shared import (  # noqa: E402
+    GIVE_UP, NOT_STARTED, SECRETS, USAGE, AdapterError, echo, note_unused, option, printable,
+    read_prompt, run_adapter)
 
-NOT_STARTED = 10
 GRACE = 5.0                     # seconds from SIGTERM to SIGKILL
 LONGEST_LINE = 1 << 16
 TOOLS = "Read,Edit,Write,Glob,Grep"
@@ -57,10 +58,6 @@ FIXED_ENVIRONMENT = {
     "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1",             # an @path in the log reads no file
     "CLAUDE_CODE_MAX_RETRIES": "2",                     # else a refused key takes minutes
 }
-
-
-def option(key: str, default: str = "") -> str:
-    return os.environ.get("SCALARLOOP_OPT_" + key.upper(), "").strip() or default
 
 
 def build_command() -> List[str]:
@@ -94,11 +91,9 @@ def build_environment(scratch: str) -> Dict[str, str]:
 
 def spooled_prompt() -> IO[bytes]:
     """Return the prompt as a file; one that starts with a slash would be taken for a command."""
-    prompt = sys.stdin.buffer.read().strip()
-    if not prompt:
-        raise AdapterError(USAGE, "the prompt is empty (echo PROMPT | python3 claude.py)")
+    prompt = read_prompt()
     file = tempfile.TemporaryFile()
-    file.write((b"Task:\n" if prompt.startswith(b"/") else b"") + prompt + b"\n")
+    file.write((("Task:\n" if prompt.startswith("/") else "") + prompt + "\n").encode())
     file.seek(0)
     return file
 
@@ -139,28 +134,13 @@ def run_claude(command: List[str], environment: Dict[str, str], prompt: IO[bytes
 
 
 def main() -> int:
-    def stop(*_: Any) -> NoReturn:
-        raise SystemExit
-    signal.signal(signal.SIGTERM, stop)
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore
-    if "--help" in sys.argv[1:]:
-        print(__doc__)
-        return 0
+    note_unused({"model", "max_turns", "tools", "program", "args"})
     scratch = tempfile.mkdtemp(prefix="claude-")
     try:
         return run_claude(build_command(), build_environment(scratch), spooled_prompt())
-    except AdapterError as error:
-        say(str(error))
-        return error.code
-    except KeyboardInterrupt:
-        return 130
-    except SystemExit:
-        return 143
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    os._exit(status)    # a reader that still waits would hold up, or crash, an orderly exit
+    run_adapter(main, __doc__)

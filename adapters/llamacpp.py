@@ -54,12 +54,12 @@ from typing import Any, Dict, Sequence
 
 sys.dont_write_bytecode = True  # the adapters' folder may be the user's project
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from edits import USAGE, AdapterError, Scope, build_grammar, one_line, read_scope  # noqa: E402
 from openai import (  # noqa: E402  (the file beside this one, whatever else has that name)
-    BYTES, OPTIONS, TIME, Client, Options, note_unused, number, option, read_options, read_prompt,
-    run_adapter, set_alarm, take_turn)
+    BYTES, OPTIONS, TIME, Client, Options, number, read_options, set_alarm, take_turn)
+from shared import (  # noqa: E402
+    DIED, NOT_STARTED, USAGE, AdapterError, Scope, build_grammar, note_unused, one_line, option,
+    read_prompt, read_scope, run_adapter)
 
-NOT_STARTED, DIED = 10, 11
 PR_SET_PDEATHSIG = 1
 OWN_OPTIONS = {"url", "server", "python", "port", "ctx", "threads", "gpu_layers", "args",
                "start_timeout", "grammar"}

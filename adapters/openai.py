@@ -29,7 +29,7 @@ https_proxy, no_proxy (a loopback server is never asked through a proxy).
 Sends: the prompt and the names and texts of the files in scope, to base_url only: redirects are
 not followed. The key goes into the Authorization header and nowhere else; a file that holds it is
 not sent, and an echo of it is blotted out.
-Writes: files in scope below the working directory, all of an answer's edits or none (edits.py).
+Writes: files in scope below the working directory, all of an answer's edits or none (shared.py).
 Prints: the model's words behind "| ", so that only a true SCALAR_LOOP_GIVE_UP line starts a line.
 
 Exit codes: 0 edits applied, or the model gave up · 1 a bug · 2 bad option or input · 3 key refused
@@ -51,14 +51,15 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Mapping, NoReturn, Optional, Set, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NoReturn, Tuple
 
 sys.dont_write_bytecode = True  # the adapters' folder may be the user's project
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from edits import (  # noqa: E402
-    BUG, CUT_SHORT, FORMATS, GIVE_UP, KEY_REFUSED, NAMED, NO_ANSWER, NO_EDIT, PROGRAM, REFUSED,
-    RULES, SECRETS, UNREACHED, USAGE, AdapterError, EditError, Parser, Scope, clean_path,
-    draft_changes, echo, one_line, printable, read_scope, read_text, say, scrub, write_changes)
+from shared import (  # noqa: E402
+    CUT_SHORT, FORMATS, GIVE_UP, KEY_REFUSED, NAMED, NO_ANSWER, NO_EDIT, REFUSED, RULES, SECRETS,
+    UNREACHED, USAGE, AdapterError, EditError, Parser, Scope, clean_path, draft_changes, echo,
+    note_unused, one_line, option, printable, read_prompt, read_scope, read_text, run_adapter, say,
+    scrub, write_changes)
 
 OPENAI_URL = "https://api.openai.com/v1"
 LARGEST_ANSWER = 8 << 20        # bytes of one HTTP answer
@@ -89,10 +90,6 @@ class Options:
     request_timeout: float
     retries: int
     ca_file: str
-
-
-def option(key: str, default: str = "") -> str:
-    return os.environ.get("SCALARLOOP_OPT_" + key.upper(), "").strip() or default
 
 
 def read_options(model: str = "", base_url: str = "", max_tokens: str = "",
@@ -440,49 +437,12 @@ def apply(answer: str, scope: Scope) -> int:
 
 # ── command line ────────────────────────────────────────────────────────────────────────────────
 
-def read_prompt() -> str:
-    prompt = sys.stdin.buffer.read().decode("utf-8", "replace").strip()
-    if not prompt:
-        raise AdapterError(USAGE, f"the prompt is empty (echo PROMPT | {PROGRAM}.py)")
-    return prompt
-
-
-def note_unused(known: Set[str]) -> None:
-    """Name the options that this adapter doesn't have: a slip, or another adapter's."""
-    for name in sorted(os.environ):
-        if name.startswith("SCALARLOOP_OPT_") and name[15:].lower() not in known:
-            say(f"option {name[15:].lower()}: is not one of this adapter's (ignored)")
-
-
 def set_alarm(seconds: float) -> None:
     """End the turn by an exception when its time is up, whatever it is waiting for."""
     def ring(*_: Any) -> NoReturn:
         raise AdapterError(UNREACHED, f"the turn took longer than {seconds:.0f} s (timeout)")
     signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001), 1.0)
-
-
-def run_adapter(turn: Callable[[], int], usage: Optional[str]) -> NoReturn:
-    """Run a turn and exit with its code; whatever goes wrong is one line."""
-    def stop(*_: Any) -> NoReturn:
-        raise SystemExit(143)
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore
-    if "--help" in sys.argv[1:]:
-        print(usage)
-        sys.exit(0)
-    signal.signal(signal.SIGTERM, stop)
-    code = BUG
-    try:
-        code = turn()
-    except AdapterError as error:
-        say(str(error))
-        code = error.code
-    except KeyboardInterrupt:
-        code = 130
-    except Exception as error:  # a bug of ours: one line, the key blotted out
-        say(f"failed: {type(error).__name__}: {one_line(str(error))}")
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    sys.exit(code)
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""What becomes of a model's answer: the edits that are meant, or nothing at all (adapters/edits).
+"""What becomes of a model's answer: the edits that are meant, or nothing at all (adapters/shared).
 
 Answers are hostile text. Each test here ends with the same questions: does the folder hold exactly
 what was asked for, and is everything around it as it was?
@@ -18,7 +18,7 @@ ADAPTERS = Path(__file__).resolve().parent.parent / "adapters"
 
 
 def load_edits():
-    spec = importlib.util.spec_from_file_location("scalarloop_edits", ADAPTERS / "edits.py")
+    spec = importlib.util.spec_from_file_location("scalarloop_shared", ADAPTERS / "shared.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

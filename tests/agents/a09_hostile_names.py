@@ -9,7 +9,7 @@ def make(*paths):
     lower()
     for path in paths:
         path = os.fsencode(path)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.makedirs(os.path.dirname(path) or b".", exist_ok=True)
         with open(path, "w") as stream:
             stream.write("x\n")
 

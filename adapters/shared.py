@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Turn a model's answer into edits of the files in scope: what openai.py and llamacpp.py share.
+"""What the adapters share; no adapter itself. First of all: a model's answer becomes edits.
 
     answer -> thoughts off -> blocks (whole file, search/replace, diff, delete) -> drafts -> files
 
-No adapter itself. An answer is hostile text: nothing is written before all of it was parsed, every
-path was checked against the scope and every searched text was found; then all is written, or
-nothing. Foreign text is printed behind "| " only, and what is in SECRETS is never printed at all.
+An answer is hostile text: nothing is written before all of it was parsed, every path was checked
+against the scope and every searched text was found; then all is written, or nothing. Foreign text
+is printed behind "| " only, and what is in SECRETS is never printed at all.
 """
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, FrozenSet, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, FrozenSet, List, NamedTuple, NoReturn, Optional, Set, Tuple
 
-# exit codes, as openai.py and llamacpp.py document them
-BUG, USAGE, KEY_REFUSED, REFUSED, UNREACHED, NO_ANSWER, CUT_SHORT, NO_EDIT, OUTSIDE = range(1, 10)
+# exit codes, as each adapter documents those that it has
+BUG, USAGE, KEY_REFUSED, REFUSED, UNREACHED, NO_ANSWER, CUT_SHORT, NO_EDIT, OUTSIDE, NOT_STARTED, \
+    DIED = range(1, 12)
 GIVE_UP = re.compile("SCALAR_LOOP_GIVE_UP(?![A-Za-z0-9_])")
 LARGEST_FILE = 1 << 20          # bytes of a file that a model is ever shown
 MOST_FILES = 5000               # found by a walk, when SCALARLOOP_FILES doesn't name them
@@ -81,6 +82,53 @@ class AdapterError(Exception):
 
 class EditError(AdapterError):
     """An answer that can't be applied; the model gets one chance to mend it."""
+
+
+# ── a turn as a process ─────────────────────────────────────────────────────────────────────────
+
+def option(key: str, default: str = "") -> str:
+    return os.environ.get("SCALARLOOP_OPT_" + key.upper(), "").strip() or default
+
+
+def note_unused(known: Set[str]) -> None:
+    """Name the options that this adapter doesn't have: a slip, or another adapter's."""
+    for name in sorted(os.environ):
+        if name.startswith("SCALARLOOP_OPT_") and name[15:].lower() not in known:
+            say(f"option {name[15:].lower()}: is not one of this adapter's (ignored)")
+
+
+def read_prompt() -> str:
+    prompt = sys.stdin.buffer.read().decode("utf-8", "replace").strip()
+    if not prompt:
+        raise AdapterError(USAGE, f"the prompt is empty (echo PROMPT | python3 {PROGRAM}.py)")
+    return prompt
+
+
+def run_adapter(turn: Callable[[], int], usage: Optional[str]) -> NoReturn:
+    """Run a turn and exit with its code; whatever goes wrong is one line."""
+    def stop(*_: Any) -> NoReturn:
+        raise SystemExit(143)
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
+    signal.signal(signal.SIGTERM, stop)
+    code = BUG
+    try:
+        if "--help" in sys.argv[1:]:
+            print(usage)
+        try:
+            code = 0 if "--help" in sys.argv[1:] else turn()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except AdapterError as error:
+        say(str(error))
+        code = error.code
+    except SystemExit:
+        code = 143
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:  # a bug of ours: one line, the key blotted out
+        say(f"failed: {type(error).__name__}: {one_line(str(error))}")
+    sys.stdout.flush()
+    os._exit(code)              # an orderly exit would wait for threads that may wait for ever
 
 
 # ── output ──────────────────────────────────────────────────────────────────────────────────────
@@ -581,4 +629,4 @@ def restore(before: Dict[str, Optional[bytes]], staged: Dict[str, str], made: Li
 
 
 if __name__ == "__main__":
-    sys.exit("edits: is no adapter (expected adapter = openai, llamacpp, claude or double)")
+    sys.exit("shared: is no adapter (expected adapter = openai, llamacpp, claude or double)")
