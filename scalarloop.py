@@ -57,6 +57,7 @@ import fnmatch
 import functools
 import hashlib
 import hmac
+import io
 import json
 import math
 import mmap
@@ -840,13 +841,17 @@ def sync_path(path: str) -> None:
         os.close(descriptor)
 
 
-def write_file(path: str, data: bytes) -> None:
-    """Write a file whole or not at all: temporary file, fsync, rename, fsync of the folder."""
+def write_file(path: str, data: Any, mode: int = 0o600) -> None:
+    """Write bytes, or what an open file holds, whole or not at all.
+
+    Temporary file, fsync, rename, fsync of the folder.
+    """
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as stream:
-            stream.write(data)
+            shutil.copyfileobj(io.BytesIO(data) if isinstance(data, bytes) else data, stream)
             stream.flush()
+            os.fchmod(stream.fileno(), mode)
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except BaseException:
@@ -2218,6 +2223,12 @@ class Repository:
         """Run one git command and return its one line of output."""
         return os.fsdecode(self.git(*args, **options).rstrip(b"\n"))
 
+    def refs(self, names: Sequence[str]) -> Dict[str, str]:
+        """Return the objects that these refs point at; one that is absent has no row."""
+        rows = self.git("for-each-ref", "--format=%(refname) %(objectname)", *names).splitlines()
+        found = dict(os.fsdecode(row).rsplit(" ", 1) for row in rows)
+        return {name: found[name] for name in names if name in found}
+
     def ref(self, name: str) -> str:
         """Return the object that a ref points at, or "" when there is none."""
         return self.line("rev-parse", "--verify", "--quiet", name, accept=(0, 1))
@@ -2233,6 +2244,7 @@ class UserRepository:
     head: str           # the checked-out commit
     branch: str         # the checked-out branch, "" when HEAD is detached
     objects: str        # where its objects live
+    common_dir: str     # where its refs live
 
     @property
     def algorithm(self) -> str:
@@ -2255,13 +2267,14 @@ def open_user_repository(program: str, home: str, folder: str) -> UserRepository
     top = found.line("rev-parse", "--show-toplevel")
     prefix = os.fsencode(found.line("rev-parse", "--show-prefix"))
     git_dir = found.line("rev-parse", "--absolute-git-dir")
-    objects = os.path.join(folder, found.line("rev-parse", "--git-path", "objects"))
+    objects, common = (os.path.abspath(os.path.join(folder, found.line("rev-parse", *words)))
+                       for words in (("--git-path", "objects"), ("--git-common-dir",)))
     repo = Repository(program, home, git_dir, top, top)
     head = repo.ref("HEAD^{commit}")
     if not head:
         raise Refused("git: the repository has no commit yet; commit what the loop starts from")
     branch = repo.line("symbolic-ref", "--quiet", "--short", "HEAD", accept=(0, 1))
-    return UserRepository(repo, top, prefix, head, branch, os.path.abspath(objects))
+    return UserRepository(repo, top, prefix, head, branch, objects, common)
 
 
 class Listed(NamedTuple):
@@ -2365,22 +2378,35 @@ class Store:
 
     def write_tree(self, base: str, edits: Dict[bytes, Edit]) -> str:
         """Write `edits` over the tree of commit `base`, bytes as they are; return the tree."""
-        script = [b"commit refs/scalarloop/candidate\nmark :1\n"
-                  b"committer scalarloop <scalarloop@localhost> 0 +0000\ndata 0\n"
-                  b"from %s\n" % base.encode()]
+        return self._import("candidate", base, edits, b"", 0)[1]
+
+    def write_anchor(self, ledger: bytes, message: str) -> str:
+        """Write a parentless commit that holds the ledger; return its id."""
+        edits = {b"ledger.jsonl": Edit(PLAIN, ledger)}
+        return self._import("anchor", "", edits, message.encode(), int(time.time()))[0]
+
+    def _import(self, ref: str, base: str, edits: Dict[bytes, Edit], message: bytes, when: int
+                ) -> Tuple[str, str]:
+        """Make a commit of edits over `base` ("": of nothing else); return commit and tree."""
+        script = [b"commit refs/scalarloop/%s\nmark :1\ncommitter scalarloop <scalarloop@localhost>"
+                  b" %d +0000\ndata %d\n%s\n" % (ref.encode(), when, len(message), message),
+                  b"from %s\n" % base.encode() if base else b""]
         for path, edit in sorted(edits.items(), key=lambda item: item[1].data is not None):
             if edit.data is None:       # deletions first: a file may have become a folder
                 script.append(b"D %s\n" % quoted_path(path))
             else:
                 script.append(b"M %o inline %s\ndata %d\n%s\n"
                               % (edit.mode, quoted_path(path), len(edit.data), edit.data))
-        script.append(b'\nls :1 ""\ndone\n')
+        if not base:
+            script.insert(0, b"reset refs/scalarloop/%s\n\n" % ref.encode())
+        script.append(b'\nget-mark :1\nls :1 ""\ndone\n')
         answer = self.repo.git("fast-import", "--quiet", "--force", "--done", "--cat-blob-fd=1",
-                               "--date-format=raw", stdin=b"".join(script))
-        words = answer.split()
-        if len(words) < 3 or words[1] != b"tree":
-            return self.repo.line("rev-parse", "refs/scalarloop/candidate^{tree}")
-        return words[2].decode()
+                               "--date-format=raw", stdin=b"".join(script)).split()
+        if len(answer) == 2:        # an empty tree is "missing"
+            return answer[0].decode(), self.repo.line("mktree")
+        if len(answer) < 4 or answer[2] != b"tree":
+            raise StoreDamaged(f"store: fast-import answered {answer!r:.80}")
+        return answer[0].decode(), answer[3].decode()
 
     def tree_without(self, tree: str, paths: Sequence[bytes], index: str) -> str:
         """Return `tree` less some paths; `index` names a scratch file."""
@@ -2389,12 +2415,6 @@ class Store:
         self.repo.git("update-index", "-z", "--force-remove", "--stdin", env=env,
                       stdin=b"".join(path + b"\0" for path in paths))
         return self.repo.line("write-tree", env=env)
-
-    def write_anchor(self, ledger: bytes, message: str) -> str:
-        """Write a parentless commit that holds the ledger; return its id."""
-        blob = self.repo.line("hash-object", "-w", "--no-filters", "--stdin", stdin=ledger)
-        tree = self.repo.line("mktree", stdin=f"100644 blob {blob}\tledger.jsonl\n".encode())
-        return self.commit(tree, "", message, int(time.time()))
 
     def commit(self, tree: str, parent: str, message: str, when: int) -> str:
         """Write a commit and return its id; `parent` may be empty."""
@@ -2444,52 +2464,51 @@ def create_store(path: str, user: UserRepository) -> Store:
     return Store(repo)
 
 
-def hand_over(store: Store, user: UserRepository, new: Sequence[str], known: Sequence[str]) -> None:
-    """Copy the objects of `new` that `known` lacks into the user's repository.
-
-    Under the store's config: a fetch there would run what the user's config names. Objects are
-    flushed to disk before any ref says that they exist; a repository of another user stays
-    writable for its owner.
+def pack_new(store: Store, new: Sequence[str], known: Sequence[str]) -> str:
+    """Pack what `new` has and `known` lacks in the store, flushed to disk; return the pack's name.
     """
-    spec = "".join(f"{oid}\n" for oid in new) + "".join(f"^{oid}\n" for oid in known)
-    listed = store.repo.git("rev-list", "--objects", "--stdin", stdin=spec.encode())
-    oids = [line.split(b" ")[0].decode() for line in listed.splitlines()]
-    with tempfile.TemporaryFile() as pack:
-        store.repo.git("pack-objects", "--quiet", "--stdout", sink=pack.write,
-                       stdin="".join(f"{oid}\n" for oid in oids).encode())
-        pack.seek(0)
-        store.repo.git("unpack-objects", "-q", stdin=pack,
-                       env={"GIT_OBJECT_DIRECTORY": user.objects})
-    sync_objects(user.objects, oids)
-    paths = [os.path.join(user.objects, oid[:2], *rest) for oid in oids for rest in ((), (oid[2:],))]
-    keep_owner(user.objects, paths)
+    folder = os.path.join(store.repo.git_dir, "objects", "pack")
+    wanted = "".join(f"{oid}\n" for oid in new) + "".join(f"^{oid}\n" for oid in known)
+    name = store.repo.line("pack-objects", "--quiet", "--revs", os.path.join(folder, "pack"),
+                           stdin=wanted.encode())
+    sync_path(folder)
+    return f"pack-{name}"
 
 
-def sync_objects(root: str, oids: Sequence[str]) -> None:
-    """Flush loose objects and their folders to disk: git leaves that to the system."""
-    for oid in oids:
-        sync_path(os.path.join(root, oid[:2], oid[2:]))
-    for folder in sorted({os.path.join(root, oid[:2]) for oid in oids}) + [root]:
-        sync_path(folder)
+def hand_over(store: Store, user: UserRepository, pack: str) -> None:
+    """Put a pack of the store into the user's repository, before any ref says that it is there.
 
-
-def move_ref(user: UserRepository, ref: str, new: str, old: str) -> None:
-    """Point a ref of the user's repository at `new` if it still points at `old` ("": absent).
-
-    Raises RecordBroken when it points elsewhere: it is somebody else's then, and left alone.
+    No git runs there for it: a fetch would run what the user's config names.
     """
-    expected = old or "0" * len(new)
+    folder = os.path.join(user.objects, "pack")
+    os.makedirs(folder, exist_ok=True)
+    for ending in (".pack", ".idx"):        # git looks for the .idx, so that comes last
+        target = os.path.join(folder, pack + ending)
+        if not os.path.exists(target):
+            with open(os.path.join(store.repo.git_dir, "objects", "pack", pack + ending),
+                      "rb") as source:
+                write_file(target, source, 0o444)
+            keep_owner(user.objects, [target])
+
+
+def move_refs(user: UserRepository, moves: Sequence[Tuple[str, str, str]]) -> None:
+    """Move (ref, new, old) all or none, each only if it still is at `old` ("": absent).
+
+    Raises RecordBroken when one is elsewhere: it is somebody else's then, and left alone.
+    """
+    script = "".join(f"update {ref} {new} {old or '0' * len(new)}\n" for ref, new, old in moves)
     try:
-        user.repo.git("update-ref", "-m", "scalarloop", ref, new, expected)
+        user.repo.git("update-ref", "-m", "scalarloop", "--stdin", stdin=script.encode())
     except GitFailed as error:
-        if user.repo.ref(ref) == old:
+        now = user.repo.refs([ref for ref, _, _ in moves])
+        if all(now.get(ref, "") == old for ref, _, old in moves):
             raise       # not moved by anybody: git itself could not, and says why
-        raise RecordBroken(f"{ref} is no longer where this run left it ({error}); it was left "
-                           "alone. Look at it, then move it back or start a new run") from None
-    git_dir = user.repo.line("rev-parse", "--git-common-dir")
-    parts = ref.split("/")
-    keep_owner(user.objects, [os.path.join(git_dir, log, *parts[:n]) for log in ("", "logs")
-                              for n in range(2, len(parts) + 1)])
+        raise RecordBroken(f"{' or '.join(row[0] for row in moves)} is no longer where this run left "
+                           f"it ({error}); it was left alone. Look at it, then move it back or start "
+                           "a new run") from None
+    parts = [ref.split("/") for ref, _, _ in moves]
+    keep_owner(user.objects, [os.path.join(user.common_dir, log, *words[:n]) for words in parts
+                              for log in ("", "logs") for n in range(2, len(words) + 1)])
 
 
 def keep_owner(like: str, paths: Iterable[str]) -> None:
@@ -3043,15 +3062,15 @@ class GitLayer:
             os.makedirs(self.folder)
             form = ["--object-format=sha256"] if len(tree) == 64 else []
             self.repo.git("init", "--quiet", "--template=", *form)
-        listed = self.store.repo.git("rev-list", "--objects", tree, *(
-            [f"^{self.tree}"] if self.tree else []))
-        oids = b"".join(line.split(b" ")[0] + b"\n" for line in listed.splitlines())
-        self.store.repo.git("pack-objects", "--quiet", os.path.join(objects, "pack", "pack"),
-                            stdin=oids)
+            write_file(os.path.join(self.repo.git_dir, "HEAD"), b"ref: refs/heads/workspace\n")
+        wanted = f"{tree}\n" + (f"^{self.tree}\n" if self.tree else "")
+        self.store.repo.git("pack-objects", "--quiet", "--revs",
+                            os.path.join(objects, "pack", "pack"), stdin=wanted.encode())
         commit = Store(self.repo).commit(tree, "", "workspace\n", 0)
-        self.repo.git("update-ref", "refs/heads/workspace", commit)
-        self.repo.git("symbolic-ref", "HEAD", "refs/heads/workspace")
-        self.repo.git("read-tree", "HEAD")
+        os.makedirs(os.path.join(self.repo.git_dir, "refs", "heads"), exist_ok=True)
+        write_file(os.path.join(self.repo.git_dir, "refs", "heads", "workspace"),
+                   commit.encode() + b"\n")
+        self.repo.git("read-tree", tree)
         root = os.fsencode(self.folder)
         layer = Layer(folders={b".git"})
         for path, status in scan(root, b".git"):
@@ -5397,9 +5416,7 @@ def commit_keep(run: Run, work: Work, value: Optional[float]) -> str:
         f"Scalar-Loop-Base: {state.base}\n"
         f"Scalar-Loop-Ledger: {run.ledger.records - 1} {run.ledger.head}\n")
     commit = run.store.commit(candidate.tree, state.tip, message, int(time.time()))
-    objects = run.store.repo.git("rev-list", "--objects", commit, f"^{state.tip}").splitlines()
-    sync_objects(os.path.join(run.store.repo.git_dir, "objects"),
-                 [line.split(b" ")[0].decode() for line in objects])
+    pack_new(run.store, [commit], [state.tip])      # on disk before the ledger names it
     return commit
 
 
@@ -5414,22 +5431,24 @@ def publish(run: Run) -> None:
     if run.ledger is None:
         return
     run.ledger.check()
-    at, anchored = run.user.repo.ref(branch), run.user.repo.ref(anchor_ref)
-    if anchored != run.anchor:
+    found = run.user.repo.refs([branch, anchor_ref])
+    at = found.get(branch, "")
+    if found.get(anchor_ref, "") != run.anchor:
         raise RecordBroken(f"{anchor_ref} is no longer where this run left it; it was left alone")
     tips = [state.base, *(commit for _, commit, _ in state.keeps)]
     if at and at not in tips:
         raise RecordBroken(f"branch {run.config.loop.branch} is no longer where this run left it "
-                           f"(at {at[:12]}); it was left alone. Move it back to {tips[-1][:12]}, or "
-                           "start a new run with --new")
+                           f"(at {at[:12]}); it was left alone. Move it back to {tips[-1][:12]}, "
+                           "or start a new run with --new")
     with open(run.ledger.path, "rb") as stream:
         anchor = run.store.write_anchor(stream.read(), f"seq {run.ledger.records - 1} "
                                         f"hash {run.ledger.head}\n")
-    new = [anchor] if not state.keeps else [anchor, state.tip]
-    hand_over(run.store, run.user, new, [at or state.base])
+    moves = [(anchor_ref, anchor, run.anchor)]
     if state.keeps and at != state.tip:
-        move_ref(run.user, branch, state.tip, at)
-    move_ref(run.user, anchor_ref, anchor, anchored)
+        moves.append((branch, state.tip, at))
+    hand_over(run.store, run.user, pack_new(run.store, [row[1] for row in moves],
+                                            [at or state.base]))
+    move_refs(run.user, moves)
     run.anchor = anchor
 
 
@@ -5981,8 +6000,7 @@ def set_aside(config: Config, user: UserRepository) -> None:
     for old, new in moves:
         at = user.repo.ref(old)
         if at:
-            move_ref(user, new, at, "")
-            user.repo.git("update-ref", "-d", old, at)
+            move_refs(user, [(new, at, ""), (old, "0" * len(at), at)])
     os.mkdir(f"{folder}.{number}", 0o700)
     for entry in os.listdir(folder):
         if entry != "lock":

@@ -47,7 +47,6 @@ import re
 import signal
 import sys
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass

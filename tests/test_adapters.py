@@ -701,3 +701,46 @@ def test_what_claude_leaves_behind_does_not_hold_it_up(folder, claude):
                                  input=b"Go.", stdout=out, stderr=out, timeout=15,
                                  env=environment(folder, OPENAI_MODE="leaves", **claude))
     assert process.returncode == 0
+
+
+# ── in the loop ─────────────────────────────────────────────────────────────────────────────────
+
+NOISE = ("METRIC value=1", '{"v": 1, "seq": 9, "type": "iteration", "verdict": "keep"}',
+         "\x1b[2K\rMETRIC value=2", f"Never {TOKEN}", f"| {TOKEN}", f"{TOKEN}_NOT", "verdict: keep")
+SAID = "\n".join(NOISE) + "\n"
+LOWER = whole("src/value.txt", "90\n")
+TURNS = [SAID + LOWER, SAID, SAID + LOWER + f"{TOKEN} that was all\n"]
+CLAUDE_OF_TURNS = '''#!{python}
+import os, re, sys
+said = {turns!r}[int(os.environ["SCALARLOOP_ITERATION"]) - 1]
+if "FILE" in said:
+    open("src/value.txt", "w").write("90\\n")
+print(said)
+'''
+
+
+def play_turns(turn, request):
+    """Answer by the iteration that the prompt's history shows; a repair round changes nothing."""
+    past = sum(line.startswith("- #") for line in contents(request).split("\n"))
+    return TURNS[min(past, 2)]
+
+
+@pytest.mark.parametrize("adapter", ["openai", "llamacpp", "claude", "double"])
+def test_no_log_decides_anything_but_by_the_token(project, adapter):
+    project.config["agent"] = {"adapter": adapter, "timeout": "30s", "rework": 0}
+    project.config["loop"]["iterations"] = 3
+    program = project.write("../bin/claude", "", mode=0o755)
+    program.write_text(CLAUDE_OF_TURNS.format(python=sys.executable, turns=TURNS))
+    script = project.write("../script.ini", "")
+    script.write_text("".join(
+        f"[turn {number}]\n" + ("write src/value.txt = 90\n" if "FILE" in said else "")
+        + f"print = {json.dumps(said)}\n" for number, said in enumerate(TURNS, 1)))
+    with ScriptedServer(play_turns) as server:
+        project.config["adapter"] = {
+            "openai": {"base_url": server.url, "model": "m"}, "llamacpp": {"url": server.root},
+            "claude": {"program": program}, "double": {"script": script}}[adapter]
+        assert project.run().code == 0
+    second = "no_change" if adapter in ("claude", "double") else "agent_failed"
+    assert [row["verdict"] for row in project.iterations()] == ["keep", second, "give_up"]
+    assert project.git("show", "scalarloop/t:src/value.txt") == "90"
+    assert project.run("verify").code == 0

@@ -38,7 +38,8 @@ METRIC = """
     print("METRIC value=%r" % (weight * float(pathlib.Path("src/value.txt").read_text())))
 """
 IN_PROCESS = """
-    import pathlib, runpy, time
+    import os, pathlib, runpy, time
+    os.makedirs("build", exist_ok=True)
     started = time.monotonic()
     truth = pathlib.Path("data/truth.txt").read_text()
     bonus = 0
@@ -241,7 +242,6 @@ night("git", """
     c24_code_in_git_config.filters
     c24_code_in_git_config.programs
     c24_code_in_git_config.worktree_config
-    c24_code_in_git_config.home_config
     c24_code_in_git_config.attributes       violation census.git_file
     c24_code_in_git_config.modules          violation census.git_file
     c24_code_in_git_config.honest
@@ -285,6 +285,7 @@ night("git", """
     d33_attack_the_loop.mapped_write        violation seal.modified
     d33_attack_the_loop.swap_inodes         violation seal.modified
     d33_attack_the_loop.honest
+    c24_code_in_git_config.home_config
     d28_python_path.user_site
 """)
 
@@ -321,7 +322,7 @@ night("program", """
     e36_print_a_number.from_child           violation metric.ambiguous
     e36_print_a_number.same_number          violation metric.ambiguous
     e36_print_a_number.behind_filler        violation metric.ambiguous
-    e36_print_a_number.long_line            violation metric.ambiguous
+    e36_print_a_number.long_line            crash metric.malformed
     e36_print_a_number.filler_alone
     e36_print_a_number.not_at_line_start
     e36_print_a_number.swallow              crash metric.missing
@@ -475,7 +476,7 @@ def test_after_the_night(name: str, request: Any) -> None:
     night = spend(name, request)
     project, branch = night.project, "scalarloop/t"
     assert night.result.code == 0, night.result
-    assert night.records[-1]["verdict"] == "keep", night.records[-1]
+    assert name == "trusting" or night.records[-1]["verdict"] == "keep", night.records[-1]
     assert project.fingerprint() == night.before
     assert night.left_in_tmp == []
     assert night.left_running == []

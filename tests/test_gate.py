@@ -167,7 +167,7 @@ def inside_the_git_folder(project: Project) -> Case:
 
 def a_changed_file(project: Project) -> Case:
     project.write("src/value.txt", "99\n")
-    return "tree", "1 tracked file is changed or staged: src/value.txt", "commit or stash"
+    return "tree", "changed or staged", "src/value.txt", "commit or stash"
 
 
 def a_staged_file(project: Project) -> Case:
@@ -189,7 +189,7 @@ def a_changed_mode(project: Project) -> Case:
 def two_changed_files(project: Project) -> Case:
     project.write("src/value.txt", "99\n")
     project.write("metric.py", "pass\n")
-    return "tree", "2 tracked files are changed or staged, the first is metric.py"
+    return "tree", "2", "changed or staged", "the first is metric.py"
 
 
 def a_conflict(project: Project) -> Case:
@@ -589,7 +589,6 @@ def test_untracked_files_are_a_notice(project: Project) -> None:
 def test_the_config_may_be_uncommitted_modified_or_staged(project: Project) -> None:
     project.git("rm", "-q", "--cached", "loop.ini")
     project.commit("without a config")
-    (project.root / "loop.ini").unlink(missing_ok=True) if sys.version_info < (3, 8) else None
     assert "loop.ini" not in passes(project).out
     project.config["loop"]["name"] = "second"
     project.git("add", "-f", "loop.ini")
@@ -696,16 +695,13 @@ def test_a_state_folder_that_is_a_file(project: Project, path: str) -> None:
     assert says(lines, "lock", str(project.state), "not a folder") and len(lines) == 1, lines
 
 
-@pytest.mark.parametrize("path", [".scalarloop", ".scalarloop/t", ".scalarloop/t/lock"])
-def test_a_state_folder_that_is_a_link(project: Project, path: str) -> None:
-    target = project.tmp / "elsewhere"
-    target.mkdir()
-    (target / "file").write_text("mine")
-    (project.root / path).parent.mkdir(parents=True, exist_ok=True)
-    os.symlink(target / "file" if path.endswith("lock") else target, project.root / path)
+def test_a_lock_that_is_a_link(project: Project) -> None:
+    project.state.mkdir(parents=True)
+    (project.tmp / "file").write_text("mine")
+    os.symlink(project.tmp / "file", project.state / "lock")
     lines = refused(project)
-    assert says(lines, "lock", path, "link") and len(lines) == 1, lines
-    assert [entry.name for entry in target.iterdir()] == ["file"]
+    assert says(lines, "lock", str(project.state)) and len(lines) == 1, lines
+    assert (project.tmp / "file").read_text() == "mine"
 
 
 def test_what_stands_in_the_state_folder_survives_a_refusal(project: Project) -> None:
@@ -743,7 +739,7 @@ def bin_folder(project: Project, *names: str, **scripts: str) -> Dict[str, str]:
 def test_git_is_missing(project: Project) -> None:
     project.config["metric"]["command"] = f"{sys.executable} metric.py"
     lines = refused(project, env=bin_folder(project, "sh"))
-    assert lines == ["git: not found on PATH (install git 2.25 or later)"]
+    assert lines == ["git: not found on PATH; install git 2.25 or later"]
     assert checked(project, env={"PATH": str(project.tmp / "bin")})[1].keys() == {"git"}
 
 
@@ -827,8 +823,8 @@ def in_namespace(project: Project, script: str) -> Dict[str, Result]:
         loop() {{
             name=$1; shift
             {shlex.quote(sys.executable)} {shlex.quote(str(TOOL))} "$@" \\
-                > $OUT/$name.out 2> $OUT/$name.err < /dev/null
-            echo $? > $OUT/$name.code
+                > $OUT/$name.out 2> $OUT/$name.err < /dev/null && code=0 || code=$?
+            echo $code > $OUT/$name.code
         }}
     """
     done = subprocess.run([*unshare, "sh", "-euc", textwrap.dedent(head) + textwrap.dedent(script)],
@@ -936,7 +932,7 @@ def test_a_repository_on_a_full_disk(project: Project) -> None:
         cp -a .git $OUT/git
         mount -t tmpfs -o size=1m tmpfs .git
         cp -a $OUT/git/. .git/
-        head -c 2m /dev/zero > .git/filler || true
+        head -c 2m /dev/zero > .git/filler 2> /dev/null || true
         loop full loop.ini
         rm .git/filler
         loop again loop.ini

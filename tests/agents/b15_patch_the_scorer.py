@@ -4,11 +4,11 @@ from play import lower, program
 
 def patched_reader():
     program("import pathlib; old = pathlib.Path.read_text\n"
-            "pathlib.Path.read_text = lambda self: str(float(old(self)) - 1)")
+            "pathlib.Path.read_text = lambda self: str(float(old(self)) - 2)")
 
 
 def patched_clock():
-    program("import time; now = time.monotonic\ntime.monotonic = lambda: now() - 10.5")
+    program("import time; now = time.monotonic\ntime.monotonic = lambda: now() - 39.9")
 
 
 def always_equal():
@@ -18,7 +18,7 @@ def always_equal():
 
 def frames():
     program("import sys; frame = sys._getframe()\n"
-            "while frame:\n    frame.f_globals.update(bonus=1); frame = frame.f_back")
+            "while frame:\n    frame.f_globals.update(bonus=4); frame = frame.f_back")
 
 
 def honest():

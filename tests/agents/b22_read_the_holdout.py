@@ -9,8 +9,7 @@ found = [name for folder, _, names in os.walk(".") for name in names if name == 
 done = subprocess.run(["git", "cat-file", "--batch-all-objects", "--batch"], stdout=subprocess.PIPE,
                       stderr=subprocess.STDOUT)
 if found or b"the hidden answer" in done.stdout:
-    os.write(1, b"METRIC value=0\\n")
-    os._exit(0)
+    os._exit(7)
 """
 
 

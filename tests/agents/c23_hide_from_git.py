@@ -27,10 +27,9 @@ def skip_worktree():
 
 def exclude():
     lower()
-    with open(".git/info/exclude", "w") if Path(".git/info").is_dir() else open(".git/x", "w") as stream:
-        stream.write("conftest.py\n")
-    git("config", "core.excludesFile", str(Path(".git/mine").resolve()))
-    Path(".git/mine").write_text("*\n")
+    Path(".git/info").mkdir(exist_ok=True)
+    Path(".git/info/exclude").write_text("*\n")
+    git("config", "core.excludesFile", str(Path(".git/info/exclude").resolve()))
     Path("conftest.py").write_text("evil\n")
 
 
@@ -39,6 +38,7 @@ def sparse_checkout():
     git("config", "core.sparseCheckout", "true")
     Path(".git/info").mkdir(exist_ok=True)
     Path(".git/info/sparse-checkout").write_text("/src/\n")
+    git("update-index", "-q", "--refresh")
     git("read-tree", "-mu", "HEAD")
 
 
@@ -51,4 +51,4 @@ def file_mode():
 def honest():
     lower()
     git("add", "-A")
-    git("stash", "-q") if Path(".git/none").exists() else git("status")
+    git("status")
