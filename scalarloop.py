@@ -2168,7 +2168,8 @@ class GitFailed(ScalarLoopError):
 
 GIT_SETTINGS = ("core.hooksPath=/dev/null", "core.fsmonitor=false", "core.attributesFile=/dev/null",
                 "core.excludesFile=/dev/null", "gc.auto=0", "maintenance.auto=false",
-                "core.quotePath=true", "protocol.allow=never", "core.untrackedCache=false")
+                "core.quotePath=true", "protocol.allow=never", "core.untrackedCache=false",
+                "pack.threads=1", "pack.window=0")
 IDENTITY = {f"GIT_{role}_{part}": value for role in ("AUTHOR", "COMMITTER")
             for part, value in (("NAME", "scalarloop"), ("EMAIL", "scalarloop@localhost"))}
 
@@ -2215,7 +2216,8 @@ class Repository:
                               sink=sink or output.append, errors=errors, stdin=stdin)
         if ended.status not in accept:
             lines = errors.log().decode("utf-8", "replace").strip().splitlines()
-            raise GitFailed(f"{args[0]} failed ({ended.describe()}): "
+            name = next((word for word in args if word != "-c" and "=" not in word), "git")
+            raise GitFailed(f"{name} failed ({ended.describe()}): "
                             f"{printable(lines[0]) if lines else 'no message'}")
         return b"".join(output)
 
@@ -2380,13 +2382,26 @@ class Store:
         """Write `edits` over the tree of commit `base`, bytes as they are; return the tree."""
         return self._import("candidate", base, edits, b"", 0)[1]
 
-    def write_anchor(self, ledger: bytes, message: str) -> str:
-        """Write a parentless commit that holds the ledger; return its id."""
+    def write_anchor(self, ledger: bytes, message: str) -> Tuple[str, str]:
+        """Write a parentless commit that holds the ledger; return its id, and its pack's name."""
         edits = {b"ledger.jsonl": Edit(PLAIN, ledger)}
-        return self._import("anchor", "", edits, message.encode(), int(time.time()))[0]
+        before = set(os.listdir(self.packs))
+        commit, _ = self._import("anchor", "", edits, message.encode(), int(time.time()),
+                                 "fastimport.unpackLimit=1")
+        new = [name[:-4] for name in os.listdir(self.packs)
+               if name not in before and name.endswith(".idx")]
+        if len(new) != 1:
+            raise StoreDamaged(f"store: {len(new)} packs were written for one anchor")
+        sync_path(self.packs)
+        return commit, new[0]
 
-    def _import(self, ref: str, base: str, edits: Dict[bytes, Edit], message: bytes, when: int
-                ) -> Tuple[str, str]:
+    @property
+    def packs(self) -> str:
+        """Return the folder of packs."""
+        return os.path.join(self.repo.git_dir, "objects", "pack")
+
+    def _import(self, ref: str, base: str, edits: Dict[bytes, Edit], message: bytes, when: int,
+                setting: str = "gc.auto=0") -> Tuple[str, str]:
         """Make a commit of edits over `base` ("": of nothing else); return commit and tree."""
         script = [b"commit refs/scalarloop/%s\nmark :1\ncommitter scalarloop <scalarloop@localhost>"
                   b" %d +0000\ndata %d\n%s\n" % (ref.encode(), when, len(message), message),
@@ -2400,7 +2415,7 @@ class Store:
         if not base:
             script.insert(0, b"reset refs/scalarloop/%s\n\n" % ref.encode())
         script.append(b'\nget-mark :1\nls :1 ""\ndone\n')
-        answer = self.repo.git("fast-import", "--quiet", "--force", "--done", "--cat-blob-fd=1",
+        answer = self.repo.git("-c", setting, "fast-import", "--quiet", "--force", "--done", "--cat-blob-fd=1",
                                "--date-format=raw", stdin=b"".join(script)).split()
         if len(answer) == 2:        # an empty tree is "missing"
             return answer[0].decode(), self.repo.line("mktree")
@@ -2464,14 +2479,13 @@ def create_store(path: str, user: UserRepository) -> Store:
     return Store(repo)
 
 
-def pack_new(store: Store, new: Sequence[str], known: Sequence[str]) -> str:
-    """Pack what `new` has and `known` lacks in the store, flushed to disk; return the pack's name.
+def pack_new(store: Store, new: str, known: str) -> str:
+    """Pack what commit `new` has and `known` lacks in the store, flushed to disk; return its name.
     """
-    folder = os.path.join(store.repo.git_dir, "objects", "pack")
-    wanted = "".join(f"{oid}\n" for oid in new) + "".join(f"^{oid}\n" for oid in known)
-    name = store.repo.line("pack-objects", "--quiet", "--revs", os.path.join(folder, "pack"),
+    wanted = f"{new}\n^{known}\n"
+    name = store.repo.line("pack-objects", "--quiet", "--revs", os.path.join(store.packs, "pack"),
                            stdin=wanted.encode())
-    sync_path(folder)
+    sync_path(store.packs)
     return f"pack-{name}"
 
 
@@ -2485,8 +2499,7 @@ def hand_over(store: Store, user: UserRepository, pack: str) -> None:
     for ending in (".pack", ".idx"):        # git looks for the .idx, so that comes last
         target = os.path.join(folder, pack + ending)
         if not os.path.exists(target):
-            with open(os.path.join(store.repo.git_dir, "objects", "pack", pack + ending),
-                      "rb") as source:
+            with open(os.path.join(store.packs, pack + ending), "rb") as source:
                 write_file(target, source, 0o444)
             keep_owner(user.objects, [target])
 
@@ -5049,6 +5062,8 @@ class Run:
     workspace: Any = None
     git_layer: Any = None
     work: Optional[Work] = None
+    packs: List[str] = field(default_factory=list)      # of the last keep, not yet handed over
+    handed: Optional[str] = None        # where this session left the branch
     seen: Dict[str, Snapshot] = field(default_factory=dict)     # trees without the holdout's files
 
     def elapsed(self) -> float:
@@ -5416,7 +5431,7 @@ def commit_keep(run: Run, work: Work, value: Optional[float]) -> str:
         f"Scalar-Loop-Base: {state.base}\n"
         f"Scalar-Loop-Ledger: {run.ledger.records - 1} {run.ledger.head}\n")
     commit = run.store.commit(candidate.tree, state.tip, message, int(time.time()))
-    pack_new(run.store, [commit], [state.tip])      # on disk before the ledger names it
+    run.packs.append(pack_new(run.store, commit, state.tip))    # on disk before the ledger names it
     return commit
 
 
@@ -5441,15 +5456,17 @@ def publish(run: Run) -> None:
                            f"(at {at[:12]}); it was left alone. Move it back to {tips[-1][:12]}, "
                            "or start a new run with --new")
     with open(run.ledger.path, "rb") as stream:
-        anchor = run.store.write_anchor(stream.read(), f"seq {run.ledger.records - 1} "
-                                        f"hash {run.ledger.head}\n")
+        anchor, pack = run.store.write_anchor(stream.read(), f"seq {run.ledger.records - 1} "
+                                              f"hash {run.ledger.head}\n")
     moves = [(anchor_ref, anchor, run.anchor)]
     if state.keeps and at != state.tip:
         moves.append((branch, state.tip, at))
-    hand_over(run.store, run.user, pack_new(run.store, [row[1] for row in moves],
-                                            [at or state.base]))
+        if at != run.handed:        # not what this session left: it may lack more than a keep
+            run.packs = [pack_new(run.store, state.tip, state.base)]
+    for name in [*run.packs, pack]:
+        hand_over(run.store, run.user, name)
     move_refs(run.user, moves)
-    run.anchor = anchor
+    run.anchor, run.packs, run.handed = anchor, [], state.tip if state.keeps else ""
 
 
 # ══ set-up ═══════════════════════════════════════════════════════════════════════════════════════

@@ -81,6 +81,8 @@ class Countdown:
             raise self.error()
         if not self.is_due("write", f"{len(data)} bytes"):
             return self.write(descriptor, data)
+        if self.count > self.left or len(data) < 2 and self.mode != "kill":
+            raise self.error()
         count = self.write(descriptor, bytes(data)[:len(data) // 2])
         if self.mode == "kill":
             os.kill(self.pid, signal.SIGKILL)

@@ -285,6 +285,13 @@ night("git", """
     d33_attack_the_loop.mapped_write        violation seal.modified
     d33_attack_the_loop.swap_inodes         violation seal.modified
     d33_attack_the_loop.honest
+    d34_reach_other_trees.module_in_room
+    d34_reach_other_trees.metric_in_room
+    d34_reach_other_trees.no_room
+    d34_reach_other_trees.room_is_link
+    d34_reach_other_trees.locked_room
+    d34_reach_other_trees.shared_master     violation seal.modified
+    d34_reach_other_trees.honest
     c24_code_in_git_config.home_config
     d28_python_path.user_site
 """)
@@ -395,6 +402,8 @@ night("split", """
     b19_seed_the_result.edit_scorer         violation seal.touched_during_run
     b19_seed_the_result.daemon
     b19_seed_the_result.honest
+    d34_reach_other_trees.module_beside_scorer discard metric.not_better
+    d34_reach_other_trees.scorer_itself     discard metric.not_better
     e36_print_a_number.before
     e36_print_a_number.after
     e36_print_a_number.honest

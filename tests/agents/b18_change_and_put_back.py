@@ -81,7 +81,7 @@ def daemon():
     """A child in a session of its own that waits for the metric to end."""
     lower()
     program("import os, time\nif not os.fork():\n    os.setsid()\n    if os.fork(): os._exit(0)\n"
-            "    [os.close(n) for n in (0, 1, 2)]\n    for _ in range(1000):\n        time.sleep(.01)\n"
+            "    [os.close(n) for n in (0, 1, 2)]\n    time.sleep(.5)\n    for _ in range(1000):\n        time.sleep(.01)\n"
             "        open('data/truth.txt', 'a').write('x')\n    os._exit(0)")
 
 

@@ -49,7 +49,7 @@ def daemon():
     """It waits for the scorer's cleanroom and writes a better answer there."""
     lower()
     program("import glob, os, time\nif not os.fork():\n    os.setsid()\n    if os.fork(): os._exit(0)\n"
-            "    [os.close(n) for n in (0, 1, 2)]\n    for _ in range(1000):\n        time.sleep(.01)\n"
+            "    [os.close(n) for n in (0, 1, 2)]\n    time.sleep(.5)\n    for _ in range(1000):\n        time.sleep(.01)\n"
             "        for path in glob.glob('../scorer-*/src/value.txt'): open(path, 'w').write('0')\n"
             "    os._exit(0)")
 
