@@ -861,6 +861,11 @@ def write_file(path: str, data: Any, mode: int = 0o600) -> None:
     sync_path(os.path.dirname(path))
 
 
+def counted(number: int, noun: str) -> str:
+    """Return `1 file is` or `3 files are`."""
+    return f"{number} {noun} is" if number == 1 else f"{number} {noun}s are"
+
+
 def printable(text: str, most: int = 200) -> str:
     """Return text that is safe on a terminal and in a log line: no control characters, bounded."""
     shown = "".join(c if c.isprintable() else "\\x%02x" % ord(c) if ord(c) < 256
@@ -2044,6 +2049,11 @@ class Isolation:
     state: Tuple[str, ...]              # hidden from everybody: state folder and ledger key
     secrets: Tuple[str, ...]            # these, and the holdout's files
 
+    @property
+    def sealed(self) -> bool:
+        """Tell whether no program can write to a tree that isn't its own."""
+        return self.facts.files_sealed.held == "yes"
+
     def summary(self, config: Config) -> str:
         """Return the level and what is not in force, in one line."""
         lacking = [name for name in FACT_WORDS if getattr(self.facts, name).held != "yes"
@@ -2068,7 +2078,14 @@ def run_fenced(fence: Fence, argv: Sequence[str], **options: Any) -> Ended:
     Raises FenceFailed when the fence can't be put up: then the program was not run at all.
     """
     if fence.level in ("portable", "external"):
-        return run_program(argv, sweep=True, **options)
+        try:
+            return run_program(argv, sweep=True, **options)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR,
+                                   errno.ELOOP, errno.EISDIR):
+                raise
+            options["sink"](f"can't be executed: {argv[0]} ({error.strerror})\n".encode())
+            return Ended(FENCE_NO_EXEC, 0.0, False)
     reader, writer = os.pipe()
     try:
         ended = run_program(fence_argv(fence, argv, writer), sweep=True, keep=(writer,), **options)
@@ -2126,6 +2143,9 @@ def choose_isolation(config: Config, tmp: str, state_folder: str, watch: Watch) 
         seen = "; ".join(f"{word}: {getattr(facts, word).seen or 'no witness'}" for word in missing)
         raise Refused(f"isolation: not in force at level {level}: {seen}; relax [isolation] require "
                       "or run where it can be had")
+    if config.metric.network == "deny" and level != "external" and facts.network_off.held != "yes":
+        raise Refused(f"isolation: network = deny can't be had at level {level} "
+                      f"({facts.network_off.seen or 'no witness'}); run where it can, or allow it")
     if level not in ("portable", "external") and facts.usable.held != "yes":
         raise Refused(f"isolation: at level {level} honest work fails ({facts.usable.seen}); set "
                       "[isolation] level to a lower one")
@@ -2471,8 +2491,11 @@ def create_store(path: str, user: UserRepository) -> Store:
     repo.git("init", "--quiet", "--bare", "--template=", *form)
     objects = [line.split(b" ")[0] for line in user.repo.git(
         "rev-list", "--objects", "--no-walk", user.head).splitlines()]
-    user.repo.git("pack-objects", "--quiet", os.path.join(path, "objects", "pack", "pack"),
-                  stdin=b"\n".join(objects) + b"\n")
+    with tempfile.TemporaryFile(dir=path) as pack:
+        user.repo.git("pack-objects", "--quiet", "--stdout", sink=pack.write,
+                      stdin=b"\n".join(objects) + b"\n")
+        pack.seek(0)
+        repo.git("index-pack", "--stdin", stdin=pack)
     if user.repo.line("rev-list", "--parents", "-n1", user.head).split()[1:]:
         write_file(os.path.join(path, "shallow"), user.head.encode() + b"\n")
     repo.git("update-ref", "refs/scalarloop/base", user.head)
@@ -2938,11 +2961,18 @@ class Tree:
         return open(descriptor, "wb", buffering=0 if entry.size > CHUNK else -1)
 
     def _copy(self, path: bytes, entry: Entry, source: bytes) -> None:
+        digest = hashlib.sha256()
         if entry.mode == SYMLINK_MODE:
-            os.symlink(os.readlink(source), os.path.join(self.root, path))
+            target = os.readlink(source)
+            digest.update(target)
+            os.symlink(target, os.path.join(self.root, path))
         else:
             with open(source, "rb") as held, self._create(path, entry) as stream:
-                shutil.copyfileobj(held, stream, CHUNK)
+                for chunk in iter(lambda: held.read(CHUNK), b""):
+                    digest.update(chunk)
+                    stream.write(chunk)
+        if digest.digest() != entry.digest:
+            raise StoreDamaged(f"store: the loop's own copy of {shown_path(path)} was changed")
         self._stamp(path)
 
     def _stamp(self, path: bytes) -> None:
@@ -3404,7 +3434,8 @@ def read_number(gauge: Gauge, matches: Sequence[Tuple[bytes, ...]]) -> Measureme
         return Measurement(None, Reason.METRIC_MISSING, "printed no " + (
             "match of pattern" if gauge.pattern else f"METRIC {gauge.name or 'name'}=number line"))
     if len(wanted) > 1:
-        return Measurement(None, Reason.METRIC_AMBIGUOUS, f"printed {len(wanted)} METRIC lines, "
+        what = "matches of pattern" if gauge.pattern else "METRIC lines"
+        return Measurement(None, Reason.METRIC_AMBIGUOUS, f"printed {len(wanted)} {what}, "
                            "expected exactly one")
     label, text = wanted[0]
     shown = printable(text.decode("utf-8", "replace"), 40)
@@ -3417,7 +3448,8 @@ def read_number(gauge: Gauge, matches: Sequence[Tuple[bytes, ...]]) -> Measureme
         return Measurement(None, Reason.METRIC_NOT_FINITE, f"{shown} is not finite")
     low, high = gauge.bounds
     if (low is not None and value < low) or (high is not None and value > high):
-        return Measurement(None, Reason.METRIC_OUT_OF_BOUNDS, f"{shown} is out of bounds")
+        return Measurement(None, Reason.METRIC_OUT_OF_BOUNDS, f"{shown} is out of bounds "
+                           f"{format_number(low, '*')} to {format_number(high, '*')}")
     others = tuple((printable(name.decode("utf-8", "replace"), 60), number)
                    for name, raw in rows if (name, raw) != wanted[0]
                    for number in [strict_number(raw)]
@@ -3436,6 +3468,7 @@ class MetricSetting:
     fence: Callable[[Sequence[str], str], "Fence"]  # (writable paths, gauge key) -> fence
     outside: OutsideSeal
     watch: Watch
+    sealed: bool                        # no program can write to another one's tree
     allowed: Dict[str, Set[bytes]]      # folders that the baseline's own run touches, per command
     base_folders: Set[bytes]
     log: Callable[[str, Capture, str], None]
@@ -3473,6 +3506,7 @@ class Cleanroom:
              ) -> Tuple[Measurement, List[Tuple[bytes, ...]]]:
         """Run one command in a pristine tree and inspect it; the value is not read yet."""
         setting = self.setting
+        tree.dirty = tree.dirty or not setting.sealed   # no fence: others may have been in here
         tree.make_pristine(manifest)
         if outputs:
             tree.add_files(outputs)
@@ -4277,10 +4311,11 @@ AGENT_VARIABLES = ("HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_*", "TERM", "
                    "REQUESTS_CA_BUNDLE", "NODE_EXTRA_CA_CERTS", "CLAUDE_CONFIG_DIR",
                    "CLAUDE_CODE_*", "XDG_CONFIG_HOME")
 METRIC_VARIABLES = ("HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_*", "TZ")
-CLAUDE = ("claude", "-p", "--permission-mode", "acceptEdits",
-          "--tools=Read,Edit,Write,Glob,Grep", "--setting-sources=", "--strict-mcp-config",
-          "--no-session-persistence", "--max-turns", "60")
-CLAUDE_ENV = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "CLAUDE_CODE_MAX_RETRIES": "2"}
+CLAUDE = ("claude", "-p", "--permission-mode", "acceptEdits", "--setting-sources=",
+          "--strict-mcp-config", "--no-session-persistence",
+          "--tools=Read,Edit,Write,Glob,Grep", "--max-turns", "100")
+CLAUDE_ENV = {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "CLAUDE_CODE_MAX_RETRIES": "2",
+              "CLAUDE_CODE_DISABLE_AUTO_MEMORY": "1", "CLAUDE_CODE_DISABLE_ATTACHMENTS": "1"}
 
 
 def resolve_agent(config: Config) -> List[str]:
@@ -4298,14 +4333,19 @@ def resolve_agent(config: Config) -> List[str]:
 
 def resolve_adapter(name: str, folder: str) -> List[str]:
     """Return the argv of an adapter: beside loop.ini, then beside this file, then the built-in."""
+    found: List[str] = []
     for place in (folder, os.path.dirname(os.path.abspath(__file__))):
+        with contextlib.suppress(OSError):
+            found += [entry[:-3] for entry in os.listdir(os.path.join(place, "adapters"))]
         path = os.path.join(place, "adapters", f"{name}.py")
         if os.path.isfile(path):
             return [sys.executable or "python3", path]
     if name == "claude":
         return resolve_command(CLAUDE, folder)
-    raise Refused(f"agent: there is no adapters/{name}.py beside loop.ini or beside scalarloop.py; "
-                  "correct [agent] adapter, or set [agent] command")
+    near = difflib.get_close_matches(name, found + ["claude"], 1)
+    raise Refused(f"agent: there is no adapters/{name}.py beside loop.ini or beside scalarloop.py"
+                  + (f" (did you mean {near[0]}?)" if near else "")
+                  + "; correct [agent] adapter, or set [agent] command")
 
 
 def agent_environment(config: Config, n: int, turn: int, seed: int, files: Sequence[str],
@@ -4315,11 +4355,15 @@ def agent_environment(config: Config, n: int, turn: int, seed: int, files: Seque
     if config.agent.adapter == "claude" and not config.agent.command:
         env.update(CLAUDE_ENV)
         env["CLAUDE_CODE_TMPDIR"] = scratch
+        if resolve_agent(config)[-1].endswith(CLAUDE[-1]) and "CLAUDE_CONFIG_DIR" not in env \
+                and not {"ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"}.isdisjoint(env):
+            env["CLAUDE_CONFIG_DIR"] = os.path.join(scratch, "config")  # with a key no login is read
+    scope = [*config.loop.scope, *([config.loop.memory] if config.loop.memory else [])]
     listed = json.dumps(list(files))
     env.update({"TMPDIR": scratch, "SCALARLOOP_ITERATION": str(n), "SCALARLOOP_TURN": str(turn),
                 "SCALARLOOP_SEED": str(seed), "SCALARLOOP_TEMPERATURE": "1.0",
                 "SCALARLOOP_CONFIG_DIR": config.folder,
-                "SCALARLOOP_SCOPE": json.dumps(list(config.loop.scope)), **dict(config.adapter)})
+                "SCALARLOOP_SCOPE": json.dumps(scope), **dict(config.adapter)})
     if len(listed) < 100_000:       # the system refuses longer variables
         env["SCALARLOOP_FILES"] = listed
     return env
@@ -4337,7 +4381,8 @@ def build_prompt(config: Config, state: State, goal: str, rework: str = "") -> s
     better = "lower" if metric.direction == "minimize" else "higher"
     prefix = state.start.get("prefix", "")
     parts = [
-        f"# Goal\n{goal.strip()}",
+        # an agent may echo its prompt: the token must not stand at the start of a line of it
+        f"# Goal\n{goal.strip()}".replace("\n" + GIVE_UP, "\n " + GIVE_UP),
         "# Rules (kept by a program, not by trust)\n"
         f"- You may change, add and delete files that match: {' '.join(loop.scope)}\n"
         "- Everything else is sealed. If anything else is changed, or a file appears outside these\n"
@@ -4361,7 +4406,7 @@ def build_prompt(config: Config, state: State, goal: str, rework: str = "") -> s
     parts.append(
         "# How to end\nMake one well-considered improvement in the files, then stop. What you print "
         "is logged and ignored.\nIf you are sure that nothing can be improved, change nothing and "
-        f"print one line that begins with\n{GIVE_UP}")
+        f"print one line that begins with {GIVE_UP}.")
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
@@ -4389,10 +4434,10 @@ def format_history(row: Record, prefix: str) -> str:
 
 # ══ terminal ═════════════════════════════════════════════════════════════════════════════════════
 
-def format_number(value: Optional[float]) -> str:
+def format_number(value: Optional[float], missing: str = "-") -> str:
     """Return a number as a person writes it; every digit of a whole number, 6 of others."""
     if value is None:
-        return "-"
+        return missing
     if float(value).is_integer() and abs(value) < 1e15:
         return str(int(value))
     return f"{value:.6g}"
@@ -4448,7 +4493,8 @@ def format_summary(config: Config, state: State, head: str, records: int, reason
         lines.append(f"holdout    {format_number(first)} -> {format_number(last)} "
                      f"({format_change(first, last) or 'no change'})")
     if state.keeps:
-        lines += [f"branch     {branch}   ({len(state.keeps)} commits on {state.base[:12]})",
+        lines += [f"branch     {branch}   ({len(state.keeps)} commit{'s' * (len(state.keeps) > 1)} on "
+                  f"{state.base[:12]})",
                   f"look       git log --stat {state.base[:12]}..{branch}",
                   f"merge      git merge --no-ff {branch}"]
     else:
@@ -4474,8 +4520,10 @@ class Terminal:
         try:
             self.stream.write(text)
             self.stream.flush()
-        except (OSError, ValueError):
+        except (OSError, ValueError):       # closed or full: go on without, to the very end
             self.live_lines = False
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def say(self, text: str) -> None:
         """Print whole lines."""
@@ -4558,7 +4606,7 @@ def check_work_tree(gate: Gate, config: Config, user: UserRepository) -> None:
     untracked = [row[3:] for row in rows if row[:2] == b"??" and row[3:] != own
                  and b".scalarloop/" not in row]
     if changed:
-        gate.fail("tree", f"{len(changed)} tracked files are changed or staged, the first is "
+        gate.fail("tree", f"{counted(len(changed), 'tracked file')} changed or staged, the first is "
                   f"{shown_path(changed[0])}; commit or stash them")
     elif untracked:
         gate.notice("tree", f"clean; {len(untracked)} untracked paths are not seen by the metric, "
@@ -4572,9 +4620,10 @@ def check_branch(gate: Gate, config: Config, user: UserRepository, tips: Sequenc
     branch = config.loop.branch
     ref = f"refs/heads/{branch}"
     at = user.repo.ref(ref)
-    rows = user.repo.git("for-each-ref", "--format=%(refname)%00%(worktreepath)", "refs/heads")
-    names = {row.split(b"\0")[0].decode("utf-8", "replace"): row.split(b"\0")[1]
-             for row in rows.splitlines()}
+    rows = user.repo.git("for-each-ref", "--format=%(refname)%00%(worktreepath)%00",
+                         "refs/heads").split(b"\0")
+    names = {row.lstrip(b"\n").decode("utf-8", "replace"): place
+             for row, place in zip(rows[0::2], rows[1::2])}
     blocking = [name for name in names if name.startswith(ref + "/") or ref.startswith(name + "/")]
     if branch == user.branch or names.get(ref):
         gate.fail("branch", f"{branch} is checked out; set [loop] branch to one of its own")
@@ -4611,12 +4660,13 @@ def check_scope(gate: Gate, config: Config, user: UserRepository, scope: Scope,
     if not config.metric.produce:
         gate.notice("metric", "one step: if the command runs the candidate's code in its own process, "
                     "that code could print the number; `produce` and `outputs` split it")
+    own = os.fsencode(os.path.relpath(os.path.realpath(config.path), os.path.realpath(user.top)))
     differing = [path for path, row in listed.items() if row.mode in (PLAIN, EXECUTABLE)
-                 and differs_on_disk(user, path, row)] if len(listed) <= 200_000 else []
+                 and path != own and differs_on_disk(user, path, row)] if len(listed) <= 200_000 else []
     if differing:
-        gate.notice("tree", f"{len(differing)} files are stored with other bytes than on disk (line "
-                    f"ends, filters), the first is {shown_path(differing[0])}; the metric sees the "
-                    "stored ones")
+        gate.notice("tree", f"{counted(len(differing), 'file')} stored with other bytes than on disk "
+                    f"(line ends, filters), the first is {shown_path(differing[0])}; the metric "
+                    "sees the stored ones")
     check_links(gate, config, user, scope, listed)
 
 
@@ -4686,12 +4736,53 @@ def share_problem(user: UserRepository, path: bytes, listed: Dict[bytes, Listed]
 
 
 def commands_of(config: Config) -> Dict[str, Tuple[str, ...]]:
-    """Return every command that judges a candidate, by section."""
-    table = {"metric": config.metric.command + config.metric.produce}
-    table.update({f"guard.{guard.name}": guard.command for guard in config.guards})
-    if config.holdout.command:
-        table["holdout"] = config.holdout.command
-    return table
+    """Return every command that measures or judges, by the section it stands in."""
+    metric = config.metric
+    table = {"metric": metric.command, "metric produce": metric.produce, "setup": metric.setup,
+             "runner": metric.runner, "holdout": config.holdout.command}
+    table.update({f"guard {guard.name}": guard.command for guard in config.guards})
+    return {section: command for section, command in table.items() if command}
+
+
+def check_places(gate: Gate, config: Config, user: UserRepository) -> None:
+    """Look at the places that a run reads and writes beside the work tree."""
+    top = os.path.realpath(user.top) + os.sep
+    for path in (user.objects, os.path.join(user.common_dir, "refs")):
+        if not os.access(path, os.W_OK):
+            gate.fail("git", f"{path} can't be written, so nothing could be handed back; make it "
+                      "writable")
+    if os.path.realpath(work_folder() or tempfile.gettempdir()).startswith(top):
+        gate.fail("tmp", "the temporary folder lies inside the project, whose files would be found "
+                  "from there; set TMPDIR elsewhere")
+    secret = os.environ.get("SCALARLOOP_LEDGER_KEY", "")
+    if secret and os.path.realpath(secret).startswith(top):
+        gate.fail("ledger", f"the key {secret} lies inside the project, so every agent gets a copy; "
+                  "move it elsewhere")
+    for path in config.agent.writable:
+        if not os.path.lexists(os.path.expanduser(path)):
+            gate.fail("agent", f"{printable(path)} does not exist; create it, or correct "
+                      "[agent] writable")
+
+
+def check_commands(gate: Gate, config: Config, user: UserRepository,
+                   listed: Dict[bytes, Listed]) -> None:
+    """Refuse a command whose program is missing, not committed, or not executable."""
+    shared = tuple(path + "/" for path in config.loop.share)
+    for section, command in commands_of(config).items():
+        word = os.path.expanduser(command[0])
+        path = resolve_command(command, config.folder)[0]
+        row = listed.get(os.fsencode(os.path.relpath(os.path.abspath(path), user.top)))
+        shown = printable(command[0])
+        if os.sep in word and not os.path.isabs(word) and row is None:
+            if not word.startswith(shared) and not config.metric.setup:
+                gate.fail(section, f"{shown} is not a tracked file, so the metric won't see it; "
+                          "commit it, or correct the command")
+        elif row is not None and row.mode != EXECUTABLE:
+            gate.fail(section, f"{shown} is not executable; chmod +x and commit it")
+        elif not os.path.isfile(path):
+            gate.fail(section, f"{shown} can't be found; install it, or correct the command")
+        elif not os.access(path, os.X_OK):
+            gate.fail(section, f"{shown} is not executable; chmod +x it")
 
 
 def sealed_paths(config: Config, user: UserRepository, scope: Scope,
@@ -4699,21 +4790,18 @@ def sealed_paths(config: Config, user: UserRepository, scope: Scope,
     """Return the paths outside the tree that are sealed: `seal` words and every program run."""
     paths = []
     for word in config.loop.seal:
-        if is_outside(word):
-            paths.append(os.path.join(config.folder, os.path.expanduser(word)))
-        elif not any(scope.seals(path) for path in listed):
-            paths.append(os.path.join(config.folder, word))
-    programs = [*commands_of(config).values(), config.metric.produce, config.metric.setup,
-                config.metric.runner]
-    for command in programs:
-        if command:
-            argv = resolve_command(command, config.folder)
-            if not os.path.isfile(argv[0]):
-                raise Refused(f"metric: {printable(command[0])} is not a program that can be found; "
-                              "install it or correct the command")
-            in_tree = os.path.relpath(os.path.abspath(argv[0]), user.top).encode()
-            if in_tree not in listed:
-                paths.append(argv[0])
+        full = os.path.join(config.folder, os.path.expanduser(word))
+        one = replace(scope, sealed=(split_glob(word),))
+        if not is_outside(word) and any(map(one.seals, listed)):
+            continue
+        if not os.path.lexists(full):
+            raise Refused(f"seal: {printable(word)} matches nothing; correct [loop] seal")
+        paths.append(full)
+    for command in commands_of(config).values():
+        program = resolve_command(command, config.folder)[0]
+        inside = os.fsencode(os.path.relpath(os.path.abspath(program), user.top)) in listed
+        if not inside and os.path.isfile(program):
+            paths.append(program)
     return paths
 
 
@@ -4755,6 +4843,7 @@ class StateLock:
         self.created = [path for path in (os.path.dirname(folder), folder)
                         if not os.path.lexists(path)]
         self._file = -1
+        self._ignored = False
 
     def acquire(self) -> None:
         """Take the lock; refuse when another loop holds it or the folder can't be written."""
@@ -4763,11 +4852,16 @@ class StateLock:
             ignore = os.path.join(os.path.dirname(self.folder), ".gitignore")
             if not os.path.lexists(ignore):
                 write_file(ignore, b"*\n")
+                self._ignored = True
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
                                  0o600)
         except OSError as error:
-            raise Refused(f"lock: the state folder {self.folder} can't be written "
-                          f"({error.strerror}); make it writable") from None
+            self._undo()
+            known = {errno.ENOTDIR: "is not a folder; move it away",
+                     errno.EEXIST: "is not a folder; move it away",
+                     errno.ELOOP: "holds a lock that is a link; remove it"}
+            raise Refused(f"lock: the state folder {self.folder} " + known.get(
+                error.errno or 0, f"can't be written ({error.strerror}); make it writable")) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             same = os.fstat(self._file).st_ino == os.stat(self.path).st_ino
@@ -4778,6 +4872,17 @@ class StateLock:
             self._file = -1
             raise Refused(f"lock: another loop runs on {self.folder}; wait for it, or give this one "
                           "another [loop] name")
+
+    def _undo(self) -> None:
+        """Remove the folders that acquiring made, if nothing else is in them."""
+        parent = os.path.dirname(self.folder)
+        with contextlib.suppress(OSError):
+            if self.folder in self.created:
+                os.rmdir(self.folder)
+            if self._ignored and os.listdir(parent) == [".gitignore"]:
+                os.unlink(os.path.join(parent, ".gitignore"))
+            if parent in self.created:
+                os.rmdir(parent)
 
     def note(self, temporary: str) -> None:
         """Write down the temporary folder, so that the next start can remove it after a crash."""
@@ -4799,16 +4904,11 @@ class StateLock:
         if self._file < 0:
             return
         if undo:
-            for name in os.listdir(self.folder):
-                if name != "lock":
-                    remove_tree(os.path.join(self.folder, name))
+            for name in ("store.git", "lfs", "iterations", "ledger.jsonl"):
+                remove_tree(os.path.join(self.folder, name))
             with contextlib.suppress(OSError):      # another start may have come in meanwhile
                 os.unlink(self.path)
-                os.rmdir(self.folder)
-                parent = os.path.dirname(self.folder)
-                if parent in self.created and os.listdir(parent) == [".gitignore"]:
-                    os.unlink(os.path.join(parent, ".gitignore"))
-                    os.rmdir(parent)
+            self._undo()
         else:
             os.ftruncate(self._file, 0)
         os.close(self._file)
@@ -5166,7 +5266,8 @@ def make_cleanroom(run: Run, number: int) -> Cleanroom:
     first = run.rooms[0].setting if run.rooms else None
     setting = first or MetricSetting(
         config, run.scope, run.scope.prefix, metric_environment(config), run.fence_of, run.outside,
-        run.watch, {}, {os.path.dirname(path) for path in run.base.manifest}, run.log_metric)
+        run.watch, run.isolation.sealed, {},
+        {os.path.dirname(path) for path in run.base.manifest}, run.log_metric)
     git_layer = GitLayer(run.store, os.path.join(run.tmp, f"git-{number}")) \
         if config.metric.git else None
     return Cleanroom(setting, tree, scorer, run.tmp, git_layer)
@@ -5178,8 +5279,15 @@ def metric_environment(config: Config) -> Dict[str, str]:
             "PYTHONDONTWRITEBYTECODE": "1", "PYTHONNOUSERSITE": "1"}
 
 
+def live_suffix(run: Run) -> str:
+    """Return what the live line ends in: best so far, iterations left."""
+    left = run.config.loop.iterations - run.state.iterations
+    return f"best {format_number(run.state.best)}, {left} left"
+
+
 def run_loop(run: Run) -> str:
     """Propose, take the census, measure, decide, record, keep or drop; until a rule says stop."""
+    run.terminal.suffix = functools.partial(live_suffix, run)
     while True:
         run.watch.check()
         reason = stop_reason(run.config, run.state, run.elapsed())
@@ -5241,6 +5349,7 @@ def prepare_workspace(run: Run) -> None:
         layer.entries[path] = entry_of(source, os.lstat(source))
         layer.sources[path] = source
     tree.set_layer(layer)
+    tree.dirty = tree.dirty or not run.isolation.sealed
     tree.make_pristine(shown.manifest)
 
 
@@ -5257,9 +5366,9 @@ def propose(run: Run, work: Work, turn: int, rework: str) -> Tuple[Ended, bool]:
     capture = Capture(GIVE_UP_LINE)
     root = os.fsdecode(run.workspace.root)
     cwd = os.path.join(root, os.fsdecode(run.scope.prefix))
-    files = [shown_path(path[len(run.scope.prefix):]) for path, entry in
-             run.incumbent.manifest.items()
-             if entry.mode in (PLAIN, EXECUTABLE) and run.scope.holds(path)]
+    files = [decoded(path[len(run.scope.prefix):]) for path, entry in run.workspace.expected.items()
+             if entry.mode in (PLAIN, EXECUTABLE) and (
+                 run.scope.holds(path) or path in run.census_rules().private)]
     seed = int.from_bytes(hashlib.sha256(b"%d %d %d" % (config.loop.seed, work.n, turn))
                           .digest()[:4], "big") >> 1
     with private_folder(run.tmp) as scratch:
@@ -5488,6 +5597,8 @@ def look_around(gate: Gate, config: Config, user: UserRepository, tips: Sequence
     if fresh:
         check_work_tree(gate, config, user)
         check_scope(gate, config, user, scope, listed)
+    check_commands(gate, config, user, listed)
+    check_places(gate, config, user)
     check_branch(gate, config, user, tips)
     argv: List[str] = []
     try:
@@ -5615,8 +5726,8 @@ def take_baseline(run: Run, gate: Gate) -> Optional[Baseline]:
         else:
             found = run.measure(guard_gauge(guard), run.base, 0, fresh_seed())
             if found.reason:
-                gate.fail(f"guard {guard.name}", f"does not hold on the baseline: "
-                          f"{found.reason.value}: {found.detail}; mend it first" + quoted_tail(found))
+                gate.fail("guard", f"{guard.name}: does not hold on the baseline: "
+                          + describe_failure(found))
                 continue
         gate.ok("guard", f"{guard.name} holds on the baseline")
     metric = run.config.metric
@@ -5642,18 +5753,27 @@ def sample(run: Run, gauge: Gauge, gate: Gate, label: str, seconds: List[float]
         run.terminal.doing(f"baseline: {label}, run {len(samples) + 1}")
         found = run.measure(gauge, run.base, 0, fresh_seed(), seconds)
         if found.value is None:
-            reason = found.reason.value if found.reason else "no number"
-            gate.fail(label, f"{reason}: {found.detail}; run it by hand in a fresh clone and mend it"
-                      + quoted_tail(found))
+            gate.fail(label, describe_failure(found))
             return [], ""
         samples.append(found.value)
         name = found.name
     return samples, name
 
 
-def quoted_tail(found: Measurement) -> str:
-    """Return the end of a failed run's output, indented under its message."""
-    return f"\n{fenced_text(found.tail, 1000)}" if found.tail.strip() else ""
+def describe_failure(found: Measurement) -> str:
+    """Say why a run on the baseline yields nothing, with its remedy and the end of its output."""
+    code = found.reason.value if found.reason else "no number"
+    remedies = {
+        Reason.SEAL_TOUCHED: f"writes to {found.detail}, which is tracked or sealed ({code}); let it "
+                             "write to TMPDIR or to untracked paths",
+        Reason.METRIC_TIMEOUT: f"{found.detail} ({code}); raise its timeout, or run it by hand in a "
+                               "fresh clone",
+        Reason.GUARD_TIMEOUT: f"{found.detail} ({code}); raise its timeout, or run it by hand in a "
+                              "fresh clone",
+        Reason.METRIC_OUT_OF_BOUNDS: f"{found.detail} ({code}); correct the metric or its bounds"}
+    text = remedies.get(found.reason or Reason.MACHINE, f"{found.detail} ({code}); run it by hand in "
+                        "a fresh clone and mend it")
+    return text + (f"\n{fenced_text(found.tail, 1000)}" if found.tail.strip() else "")
 
 
 def holdout_baseline(run: Run, gate: Gate) -> Optional[float]:
@@ -5664,8 +5784,7 @@ def holdout_baseline(run: Run, gate: Gate) -> Optional[float]:
     run.terminal.doing("baseline: holdout")
     found = run.measure(gauge, run.base, 0, fresh_seed())
     if found.value is None:
-        reason = found.reason.value if found.reason else "no number"
-        gate.fail("holdout", f"{reason}: {found.detail}; mend it" + quoted_tail(found))
+        gate.fail("holdout", describe_failure(found))
         return None
     gate.ok("holdout", f"{found.name} = {format_number(found.value)}, shown to no agent")
     return found.value
@@ -5736,6 +5855,8 @@ def run_command(config: Config, options: Options, terminal: Terminal, watch: Wat
     lock.acquire()
     begun = has_begun(config.state_folder)
     try:
+        if options.more and not begun:
+            raise Refused("--more: there is no run of this loop.ini yet; start it without --more")
         stale = lock.left_behind()
         if stale:
             remove_tree(stale)
@@ -5882,7 +6003,7 @@ def pass_gate(gate: Gate, config: Config, user: UserRepository, folder: str, tmp
     scope, argv, _ = look_around(gate, config, user, tips, user.head, fresh=True)
     if user.repo.ref(config.anchor_ref) and not os.path.exists(begun):
         gate.fail("record", f"{config.anchor_ref} holds the ledger of an earlier run whose "
-                  " state folder is gone; give this one another [loop] name, or remove the ref")
+                  "state folder is gone; give this one another [loop] name, or remove the ref")
     if any(row.state == "FAILED" for row in gate.rows):
         return None, None
     try:
@@ -6224,11 +6345,32 @@ def private_home(tmp: str) -> str:
     return home
 
 
+def check_lock(gate: Gate, config: Config) -> None:
+    """Say whether a loop could take the state folder's lock now, without making anything."""
+    path = os.path.join(config.state_folder, "lock")
+    place = config.state_folder
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        gate.fail("lock", f"{place} is not a folder; move it away")
+    elif not os.access(place, os.W_OK):
+        gate.fail("lock", f"{place} can't be written; make it writable")
+    elif os.path.lexists(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            gate.fail("lock", "another loop runs on this state folder; wait for it")
+        finally:
+            os.close(descriptor)
+
+
 def check_command(config: Config, options: Options, terminal: Terminal, watch: Watch) -> int:
     """Pass the gate of a new run in a temporary folder; nothing is left behind."""
     gate = Gate()
     with private_folder(work_folder()) as tmp:
         try:
+            check_lock(gate, config)
             user = open_user_repository(find_git(), private_home(tmp), config.folder)
             folder = os.path.join(tmp, "state")
             os.mkdir(folder, 0o700)
@@ -6301,10 +6443,17 @@ def parse_arguments(arguments: Sequence[str]) -> Tuple[str, str, Options]:
         else:
             words.append(word)
     command = words.pop(0) if len(words) > 1 and words[0] in COMMANDS else "run"
+    if len(words) == 2 and not os.path.exists(words[0]):
+        raise Refused(f"{printable(words[0])}: unknown command" + close_match(words[0], [*COMMANDS]))
     if len(words) != 1:
         known = ", ".join(COMMANDS)
         raise Refused(f"expected [COMMAND] loop.ini, got {printable(' '.join(arguments)) or 'nothing'}"
                       f" (commands: {known}; see --help)")
+    for flag, value, wanted in (("--more", flags["more"], "run"), ("--new", flags["new"], "run"),
+                                ("--replay", flags["replay"], "verify")):
+        if value and command != wanted:
+            where = "a run" if wanted == "run" else wanted
+            raise Refused(f"{flag}: goes with {where}, not with {command}; leave it out")
     if words[0] in COMMANDS and not os.path.exists(words[0]):
         raise Refused(f"{words[0]}: of which loop.ini? (python scalarloop.py {words[0]} loop.ini)")
     return command, words[0], Options(**flags)  # type: ignore[arg-type]
@@ -6313,13 +6462,13 @@ def parse_arguments(arguments: Sequence[str]) -> Tuple[str, str, Options]:
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run the command line; return the exit code. The one place that handles errors."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if "--help" in arguments or "-h" in arguments:
-        print(USAGE)
-        return 0
-    if "--version" in arguments:
-        print(f"scalarloop {__version__}")
-        return 0
+    sys.stdout = sys.stdout or open(os.devnull, "w")    # a caller may have closed them
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     terminal = Terminal(sys.stdout)
+    for word, text in (("--help", USAGE), ("-h", USAGE), ("--version", f"scalarloop {__version__}")):
+        if word in arguments:
+            terminal.say(text)
+            return 0
     watch = Watch(terminal.tick)
     try:
         command, path, options = parse_arguments(arguments)
@@ -6333,8 +6482,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         return complain(terminal, "interrupted", Interrupted.exit_code)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        return complain(terminal, f"the machine failed: {error.strerror or error}{where}; what was "
-                        "recorded is safe, make room or mend it and start again", 1)
+        return complain(terminal, f"the machine failed: {error.strerror or error}{where} (temporary "
+                        f"files go to {tempfile.gettempdir()}); what was recorded is safe, make room "
+                        "or mend it and start again", 1)
 
 
 def complain(terminal: Terminal, text: str, code: int) -> int:

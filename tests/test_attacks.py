@@ -6,7 +6,7 @@ then the next line. `pytest -k a01` plays that part of a night alone.
 from __future__ import annotations
 
 import os
-import sys
+import textwrap
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
@@ -58,7 +58,7 @@ PRODUCE = """
     pathlib.Path("out/answer.txt").write_text(repr(answer))
 """
 SCORE = """
-    import json, pathlib
+    import csv, json, pathlib
     wrong = 0 if pathlib.Path("out/answer.txt").read_text() == json.dumps(42) else 10
     assert pathlib.Path("data/truth.txt").read_text() == "sealed\\n"
     print("METRIC value=%r" % (float(pathlib.Path("src/value.txt").read_text()) + wrong))
@@ -122,8 +122,7 @@ def set_up_split(project: Project) -> None:
 
 
 SET_UPS: Dict[str, Callable[[Project], None]] = {
-    "turn": set_up_turn, "git": set_up_turn, "home": set_up_home, "program": set_up_program,
-    "trusting": set_up_program, "split": set_up_split}
+    "turn": set_up_turn, "git": set_up_turn, "program": set_up_program, "trusting": set_up_program, "split": set_up_split}
 
 TABLE: List[Any] = []
 
@@ -480,8 +479,6 @@ def test_attack(row: Row, request: Any) -> None:
 
 @pytest.mark.parametrize("name", SET_UPS)
 def test_after_the_night(name: str, request: Any) -> None:
-    if not any(row.values[0].night == name for row in TABLE):
-        pytest.skip("no acts")
     night = spend(name, request)
     project, branch = night.project, "scalarloop/t"
     assert night.result.code == 0, night.result
@@ -497,3 +494,143 @@ def test_after_the_night(name: str, request: Any) -> None:
     assert project.git("diff", "--name-only", "main", branch, "--", "src/sealed") == ""
     verified = project.run("verify", config=False, env={"PYTHONNOUSERSITE": "1"})
     assert verified.code == 0, verified
+
+
+# ---- what lies outside the workspace: the record, the store, the branch, data and tools at home
+
+def attack_then_gain(project: Project, attack: str, **night: Any) -> Result:
+    """Run an attack as the first of two turns; both make a true gain."""
+    gain = "import pathlib; p = pathlib.Path('src/value.txt'); p.write_text('%d\\n' % (int(p.read_text()) - 1))\n"
+    state, root = project.state, project.root
+    project.turns(f"state, root = {str(state)!r}, {str(root)!r}\n{gain}" + attack, gain)
+    return project.run(**night)
+
+
+FORGED = """
+    import subprocess, os
+    def git(*args, **options):
+        return subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@y.z", *args], cwd=root, check=True,
+                              stdout=subprocess.PIPE, **options).stdout.decode().strip()
+"""
+BRANCH = {
+    "forged": 'git("branch", "-f", "scalarloop/t", git("commit-tree", "HEAD^{tree}", "-m", "forged"))',
+    "anchor": 'git("update-ref", "refs/scalarloop/t/ledger", git("rev-parse", "HEAD"))',
+    "symbolic": 'git("symbolic-ref", "refs/heads/scalarloop/t", "refs/heads/main")',
+}
+
+
+@pytest.mark.parametrize("how", BRANCH)
+def test_a_branch_that_somebody_else_moved_is_left_alone(project: Project, how: str) -> None:
+    result = attack_then_gain(project, textwrap.dedent(FORGED) + BRANCH[how])
+    assert result.code == 4, result
+    refs = project.git("for-each-ref", "--format=%(refname) %(subject)")
+    assert ("forged" in refs) == (how == "forged") and "#1" not in refs
+    assert project.git("log", "--format=%s", "main") == "start"
+    assert project.leftovers() == []
+    again = project.run()
+    assert again.code == 4, again
+
+
+@pytest.mark.parametrize("act", ["delete", "to the base"])
+def test_a_branch_that_was_deleted_or_put_back_is_no_loss(project: Project, act: str) -> None:
+    """Absent or at the base is accepted: the kept commits are handed over again."""
+    move = 'git("branch", "-D", "scalarloop/t")' if act == "delete" else 'git("branch", "-f", "scalarloop/t", "main")'
+    project.turns("open('src/value.txt', 'w').write('90')",
+                  f"root = {str(project.root)!r}\nopen('src/value.txt', 'w').write('80')\n"
+                  + textwrap.dedent(FORGED) + move)
+    result = project.run()
+    assert result.code == 0, result
+    assert project.git("log", "--format=%s", "main..scalarloop/t").count("#") == 2
+    assert project.run("verify").code == 0
+
+
+LEDGER = {
+    "truncated": "open(state + '/ledger.jsonl', 'r+').truncate(100)",
+    "cut at a line": "p = state + '/ledger.jsonl'; lines = open(p).readlines(); open(p, 'w').writelines(lines[:-1])",
+    "edited": "p = state + '/ledger.jsonl'; t = open(p).read(); open(p, 'w').write(t.replace('100', '999', 1))",
+    "appended": "open(state + '/ledger.jsonl', 'a').write('{}\\n')",
+    "replaced": "import os, shutil; p = state + '/ledger.jsonl'; shutil.copy(p, p + '2'); os.replace(p + '2', p)",
+    "deleted": "import os; os.unlink(state + '/ledger.jsonl')",
+    "a link": "import os; p = state + '/ledger.jsonl'; os.rename(p, p + '2'); os.symlink(p + '2', p)",
+    "same bytes": "p = state + '/ledger.jsonl'; t = open(p).read(); open(p, 'w').write(t)",
+    "old time stamp": "import os; p = state + '/ledger.jsonl'; s = os.stat(p); f = open(p, 'r+'); f.write('{'); f.close();"
+                      " os.utime(p, ns=(s.st_atime_ns, s.st_mtime_ns))",
+}
+
+
+@pytest.mark.parametrize("how", LEDGER)
+def test_a_ledger_that_somebody_touched_stops_the_run(project: Project, how: str) -> None:
+    result = attack_then_gain(project, LEDGER[how])
+    assert result.code == 4 and "ledger" in result.err and "Traceback" not in result.err, result
+    ledger = project.state / "ledger.jsonl"
+    assert not ledger.exists() or b'"iteration"' not in ledger.read_bytes()
+    assert project.git("for-each-ref", "refs/heads/scalarloop") == ""
+    assert project.leftovers() == []
+
+
+STORE = {
+    "object damaged": "import glob, os\nfor p in glob.glob(state + '/store.git/objects/pack/*.pack'):\n"
+                      "    os.chmod(p, 0o644); f = open(p, 'r+b'); f.seek(-40, 2); f.write(bytes(20))",
+    "objects gone": "import shutil; shutil.rmtree(state + '/store.git/objects')",
+    "store gone": "import shutil; shutil.rmtree(state + '/store.git')",
+    "HEAD gone": "import os; os.unlink(state + '/store.git/HEAD')",
+    "config broken": "open(state + '/store.git/config', 'w').write('[core\\n')",
+    "a file": "import shutil; shutil.rmtree(state + '/store.git'); open(state + '/store.git', 'w').write('x')",
+}
+
+
+@pytest.mark.parametrize("how", STORE)
+def test_a_damaged_store_is_void_and_ends_the_run(project: Project, how: str) -> None:
+    result = attack_then_gain(project, STORE[how])
+    assert result.code == 1 and "Traceback" not in result.err, result
+    assert project.verdicts() == ["void store.damaged"]
+    assert project.git("for-each-ref", "refs/heads/scalarloop") == ""
+    assert project.leftovers() == []
+    assert project.run("verify").code == 0
+
+
+def test_hooks_and_settings_planted_in_the_stores_do_not_run(project: Project) -> None:
+    """The store and the user's own .git, both within an agent's reach at the portable level."""
+    marker = project.tmp / "planted-code-ran"
+    plant = f"""
+import os, pathlib
+tool = pathlib.Path(state, "tool"); tool.write_text("#!/bin/sh\\necho $0 >> {marker}\\ncat\\n"); tool.chmod(0o755)
+for git in (state + "/store.git", root + "/.git"):
+    os.makedirs(git + "/hooks", exist_ok=True)
+    os.makedirs(git + "/info", exist_ok=True)
+    for name in ("reference-transaction", "post-index-change", "pre-auto-gc", "post-update", "update", "pre-receive"):
+        hook = pathlib.Path(git, "hooks", name)
+        hook.write_text(tool.read_text()); hook.chmod(0o755)
+    pathlib.Path(git, "info", "attributes").write_text("* filter=evil diff=evil\\n")
+    with open(git + "/config", "a") as stream:
+        for section, name in (("core", "fsmonitor"), ("core", "alternateRefsCommand"), ("core", "sshCommand"),
+                              ("core", "pager"), ("diff", "external"), ("gpg", "program"),
+                              ('filter "evil"', "clean"), ('filter "evil"', "smudge"), ('filter "evil"', "process"),
+                              ('diff "evil"', "textconv"), ('diff "evil"', "command"),
+                              ("uploadpack", "packObjectsHook"), ("credential", "helper")):
+            stream.write("[%s]\\n\\t%s = %s\\n" % (section, name, tool))
+"""
+    result = attack_then_gain(project, plant)
+    assert result.code == 0, result
+    assert project.verdicts() == [KEPT, KEPT]
+    assert project.run("verify", config=False).code == 0
+    assert not marker.exists(), marker.read_text()
+
+
+def test_data_and_tools_at_home_are_sealed(project: Project) -> None:
+    """The measurement never takes place with them changed, even if no file of the project was."""
+    set_up_home(project)
+    project.commit("set up")
+    for act, iterations in (("edit", 2), ("edit_alone", 2), ("interpreter", 2)):
+        project.config["loop"].update(name=f"home-{act.replace('_', '-')}", iterations=iterations)
+        acts = [f"d31_data_at_home.{act}", "d31_data_at_home.read"]
+        project.config["agent"]["command"] = " ".join([project.python, str(AGENTS / "play.py"), "play.lower", *acts])
+        project.config["loop"]["iterations"] = 3
+        kept = {path: path.read_bytes() for path in Path(os.environ["HOME"]).rglob("*") if path.is_file()}
+        result = project.run()
+        for path, data in kept.items():
+            path.write_bytes(data)
+        verdicts = project.verdicts()
+        assert verdicts[0] == KEPT and KEPT not in verdicts[1:], (act, result)
+        assert "violation seal.modified" in verdicts[1:], (act, verdicts)
+        assert all(row["commit"] is None for row in project.iterations()[1:])

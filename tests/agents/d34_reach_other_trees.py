@@ -68,7 +68,7 @@ def settings():
 
 def module_beside_scorer():
     """From inside `produce`: into the cleanroom where the scorer will run next."""
-    program("import glob, os\nname = ('json', 'pathlib')[os.urandom(1)[0] & 1] + '.py'\n"
+    program("import glob, os\nname = ('json', 'csv')[os.urandom(1)[0] & 1] + '.py'\n"
             "for room in glob.glob('../scorer-*'): open(os.path.join(room, name), 'w').write(%r)" % FAKE)
 
 
