@@ -48,7 +48,6 @@ notice stays with it. It is provided "as is", without warranty of any kind.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 import enum
 import errno
@@ -597,7 +596,7 @@ class Config:
         sections = {"loop": self.loop, "agent": self.agent, "metric": self.metric,
                     "holdout": self.holdout, "isolation": self.isolation}
         sections.update({f"guard.{guard.name}": guard for guard in self.guards})
-        table = {name: dataclasses.asdict(value) for name, value in sections.items()}
+        table = {name: asdict(value) for name, value in sections.items()}
         table["adapter"] = dict(self.adapter)
         return json.loads(json.dumps(table))
 
@@ -682,7 +681,7 @@ def read_sections(text: str, shown: str) -> Dict[str, Dict[str, str]]:
 def known_keys(section: str) -> Tuple[str, ...]:
     """Return the keys of a section; of [adapter] and of unknown ones nothing is known."""
     schema = GuardOptions if section.startswith("guard.") else SECTIONS.get(section)
-    return tuple(f.name for f in dataclasses.fields(schema) if f.metadata) if schema else ()
+    return tuple(f.name for f in fields(schema) if f.metadata) if schema else ()
 
 
 
@@ -699,7 +698,7 @@ def build_config(path: str, digest: str, sections: Dict[str, Dict[str, str]]) ->
             values[section] = parse_section(SECTIONS[section], keys, at, problems)
         elif section.startswith("guard.") and re.fullmatch(r"[A-Za-z0-9_-]{1,40}", section[6:]):
             guard = parse_section(GuardOptions, keys, at, problems)
-            guards.append(dataclasses.replace(guard, name=section[6:]))
+            guards.append(replace(guard, name=section[6:]))
         elif section == "adapter":
             adapter = parse_adapter(keys, at, problems)
         elif section == "guard" or section.startswith("guard."):
@@ -714,15 +713,15 @@ def build_config(path: str, digest: str, sections: Dict[str, Dict[str, str]]) ->
     loop = values["loop"]
     if not loop.name:
         try:
-            loop = dataclasses.replace(loop, name=parse_name(stem))
+            loop = replace(loop, name=parse_name(stem))
         except ValueError as error:
             problems.append(f"{shown}: [loop] name: {stem!r}, the file's stem, is not usable "
                             f"(expected {error})")
     if not loop.branch:
-        loop = dataclasses.replace(loop, branch=f"scalarloop/{loop.name}")
+        loop = replace(loop, branch=f"scalarloop/{loop.name}")
     holdout = values["holdout"]
     if not holdout.direction:
-        holdout = dataclasses.replace(holdout, direction=values["metric"].direction)
+        holdout = replace(holdout, direction=values["metric"].direction)
     config = Config(path, digest, loop, values["agent"], tuple(sorted(adapter.items())),
                     values["metric"], tuple(guards), holdout, values["isolation"])
     problems += cross_check(config, sections, shown)
@@ -733,16 +732,16 @@ def build_config(path: str, digest: str, sections: Dict[str, Dict[str, str]]) ->
 
 def parse_section(schema: Any, keys: Dict[str, str], at: str, problems: List[str]) -> Any:
     """Parse one section by its dataclass; append a line to `problems` for each bad key."""
-    fields = {f.name: f for f in dataclasses.fields(schema) if f.metadata}
+    known = {f.name: f for f in fields(schema) if f.metadata}
     found: Dict[str, Any] = {}
     for name, text in keys.items():
-        if name not in fields:
-            problems.append(f"{at} {printable(name)}: unknown key" + close_match(name, list(fields)))
+        if name not in known:
+            problems.append(f"{at} {printable(name)}: unknown key" + close_match(name, list(known)))
             continue
         try:
             if "\0" in text:
                 raise ValueError("text without NUL characters")
-            found[name] = fields[name].metadata["parse"](text.strip())
+            found[name] = known[name].metadata["parse"](text.strip())
         except ValueError as error:
             shown = text if len(text) <= 60 else text[:57] + "..."
             problems.append(f"{at} {name}: {shown!r} can't be used (expected {error})")
@@ -818,7 +817,7 @@ def changed_keys(old: Dict[str, Dict[str, Any]], new: Dict[str, Dict[str, Any]]
     limits, others = [], []
     for section in sorted(set(old) | set(new)):
         schema = SECTIONS.get(section)
-        free = {f.name for f in dataclasses.fields(schema) if f.metadata.get("limit")} \
+        free = {f.name for f in fields(schema) if f.metadata.get("limit")} \
             if schema else set()
         before, after = old.get(section, {}), new.get(section, {})
         for name in sorted(set(before) | set(after)):
@@ -2065,7 +2064,7 @@ class Isolation:
         return {"level": self.level, "notes": list(self.notes), "facts": {
             name: {"held": fact.held, "seen": fact.seen}
             for name, fact in ((f.name, getattr(self.facts, f.name))
-                               for f in dataclasses.fields(Facts))}}
+                               for f in fields(Facts))}}
 
 
 class FenceFailed(ScalarLoopError):
@@ -2465,7 +2464,7 @@ class Store:
         """
         if not paths:
             return set()
-        inside = dataclasses.replace(self.repo, work_tree=skeleton, cwd=skeleton)
+        inside = replace(self.repo, work_tree=skeleton, cwd=skeleton)
         found = inside.git("check-ignore", "-z", "--stdin", "--no-index", accept=(0, 1),
                            stdin=b"".join(b"./%s\0" % path for path in paths))
         return {path[2:] for path in found.split(b"\0")[:-1]}     # "./" keeps a ":" from being magic
@@ -2486,7 +2485,7 @@ def quoted_path(path: bytes) -> bytes:
 def create_store(path: str, user: UserRepository) -> Store:
     """Make the store: a bare repository with the base commit, its tree, and no history."""
     os.makedirs(path, 0o700)
-    repo = dataclasses.replace(user.repo, git_dir=path, work_tree="", cwd=path)
+    repo = replace(user.repo, git_dir=path, work_tree="", cwd=path)
     form = ["--object-format=sha256"] if user.algorithm == "sha256" else []
     repo.git("init", "--quiet", "--bare", "--template=", *form)
     objects = [line.split(b" ")[0] for line in user.repo.git(
@@ -3093,7 +3092,7 @@ class GitLayer:
 
     def __init__(self, store: Store, folder: str):
         self.store, self.folder, self.tree = store, folder, ""
-        self.repo = dataclasses.replace(store.repo, git_dir=os.path.join(folder, ".git"), cwd=folder)
+        self.repo = replace(store.repo, git_dir=os.path.join(folder, ".git"), cwd=folder)
         self.layer = Layer()
 
     def update(self, tree: str) -> Layer:
@@ -3498,8 +3497,8 @@ class Cleanroom:
         done, found = self._run(gauge, gauge.key, gauge.command, tree, manifest, seed, outputs)
         seconds += done.seconds
         if done.reason or not gauge.numeric:
-            return dataclasses.replace(done, seconds=seconds)
-        return dataclasses.replace(read_number(gauge, found), seconds=seconds, tail=done.tail)
+            return replace(done, seconds=seconds)
+        return replace(read_number(gauge, found), seconds=seconds, tail=done.tail)
 
     def _run(self, gauge: Gauge, key: str, command: Tuple[str, ...], tree: Tree, manifest: Manifest,
              seed: int, outputs: Sequence[Tuple[bytes, bytes]] = ()
@@ -4165,7 +4164,7 @@ def cut_torn_line(path: str, torn: Sequence[bytes]) -> None:
 def checked_config(table: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
     """Return a recorded config if it has every section and key that this program reads."""
     for section, schema in SECTIONS.items():
-        missing = {f.name for f in dataclasses.fields(schema) if f.metadata} - set(table[section])
+        missing = {f.name for f in fields(schema) if f.metadata} - set(table[section])
         if missing:
             raise KeyError(f"{section}.{sorted(missing)[0]}")
     return table
@@ -5014,58 +5013,51 @@ class MetricBroken(ScalarLoopError):
     """The metric fails on a tree that it measured before: the fault isn't the candidate's."""
 
 
+def broken(tree: str, found: Measurement) -> MetricBroken:
+    """Return the error for a run that failed on a tree which was measured before."""
+    code = found.reason.value if found.reason else "no number"
+    return MetricBroken(f"metric: fails on {tree}, which it measured before ({code}: {found.detail}); "
+                        "the metric or what it reads has changed")
+
+
 class CleanroomTrial:
     """The runs that a judgement asks for, made in the cleanrooms; lower is better inside."""
 
     def __init__(self, run: "Run", work: Work, candidate: Snapshot):
-        self.run, self.work, self.candidate_tree = run, work, candidate
+        self.run, self.work, self.tree = run, work, candidate
+        self.gauge, self.sign = metric_gauge(run.config), run.config.sign
         self.failed: Optional[Measurement] = None
-
-    def _value(self, snapshot: Snapshot, room: int, seed: int, gauge: Optional[Gauge] = None
-               ) -> Tuple[Optional[float], Measurement]:
-        gauge = gauge or metric_gauge(self.run.config)
-        found = self.run.measure(gauge, snapshot, room, seed, self.work.metric_seconds)
-        if found.value is None:
-            return None, found
-        return found.value * self.run.config.sign + 0.0, found
 
     def candidate(self) -> Optional[float]:
         """Return one fresh run of the candidate, None if it failed."""
         self.run.terminal.doing(f"#{self.work.n} measuring")
-        value, found = self._value(self.candidate_tree, 0, fresh_seed())
-        if value is None:
+        found = self.run.measure(self.gauge, self.tree, 0, fresh_seed(), self.work.metric_seconds)
+        return self._rival(found)
+
+    def _rival(self, found: Measurement) -> Optional[float]:
+        if found.value is None:
             self.failed = found
-        return value
+            return None
+        return self.sign * found.value + 0.0
 
     def incumbent(self) -> float:
         """Return one fresh run of the incumbent; raise MetricBroken when it fails twice."""
-        return self._standing(0, fresh_seed())
-
-    def _standing(self, room: int, seed: int) -> float:
         for _ in range(2):
-            value, found = self._value(self.run.incumbent, room, seed)
-            if value is not None:
-                return value
-        raise MetricBroken(f"metric: fails on the incumbent, which it measured before ({found.reason}"
-                           f": {found.detail}); the metric or what it reads has changed")
+            found = self.run.measure(self.gauge, self.run.incumbent, 0, fresh_seed(),
+                                     self.work.metric_seconds)
+            if found.value is not None:
+                return self.sign * found.value + 0.0
+        raise broken("the incumbent", found)
 
     def pair(self) -> Tuple[float, Optional[float]]:
-        """Return a fresh run of both, a coin deciding order and room, under one seed."""
+        """Return a fresh run of both; a pair whose incumbent fails is void and run once more."""
         self.run.terminal.doing(f"#{self.work.n} comparing with the incumbent")
-        coins, seed = os.urandom(1)[0], fresh_seed()
-        room = coins >> 1 & 1
-
-        def rival() -> Optional[float]:
-            value, found = self._value(self.candidate_tree, 1 - room, seed)
-            if value is None:
-                self.failed = found
-            return value
-
-        if coins & 1:
-            first = self._standing(room, seed)
-            return first, rival()
-        second = rival()
-        return self._standing(room, seed), second
+        for _ in range(2):
+            standing, rival = self.run.measure_pair(self.gauge, self.run.incumbent, self.tree,
+                                                    self.work.metric_seconds)
+            if standing.value is not None:
+                return self.sign * standing.value + 0.0, self._rival(rival)
+        raise broken("the incumbent", standing)
 
     def guards_hold(self) -> bool:
         """Run every guard on the candidate; remember the first that does not hold."""
@@ -5075,50 +5067,32 @@ class CleanroomTrial:
             if gauge.numeric:
                 failed = self._metric_guard(guard, gauge)
             else:
-                found = self.run.measure(gauge, self.candidate_tree, 0, fresh_seed())
+                found = self.run.measure(gauge, self.tree, 0, fresh_seed())
                 failed = found if found.reason else None
             if failed:
-                self.failed = dataclasses.replace(
-                    failed, detail=f"{guard.name}: {failed.detail}".rstrip(": "))
+                self.failed = replace(failed, detail=f"{guard.name}: {failed.detail}".rstrip(": "))
                 return False
         return True
 
     def _metric_guard(self, guard: GuardOptions, gauge: Gauge) -> Optional[Measurement]:
         """Return why a metric-valued guard fails: against the base, so that losses can't add up."""
         sign = -1.0 if guard.direction == "maximize" else 1.0
-        broken: List[Measurement] = []
-
-        def pair() -> Tuple[float, Optional[float]]:
-            seed, values = fresh_seed(), []
-            order = [self.run.base, self.candidate_tree]
-            flip = os.urandom(1)[0] & 1
-            for snapshot in order[::-1] if flip else order:
-                found = self.run.measure(gauge, snapshot, 0, seed)
-                if found.value is None:
-                    broken.append(found)
-                values.append(None if found.value is None else sign * found.value)
-            base, rival = values[::-1] if flip else values
-            if base is None:
-                raise MetricBroken(f"guard {guard.name}: fails on the baseline tree, which it "
-                                   "measured before")
-            return base, rival
-
-        samples = [sign * value for value in self.run.state.guard_samples[guard.name]]
-        duel = worse_duel(pair, samples, guard.tolerance or 0.0, self.out_of_time)
+        duel, found = self.run.fight_worse(gauge, sign, self.run.base, self.tree,
+                                           self.run.state.guard_samples[guard.name],
+                                           guard.tolerance or 0.0, self.out_of_time)
         if duel.outcome is Reason.NOISE_FAILED:
-            reason = broken[-1].reason if broken and broken[-1].integrity else Reason.GUARD_EXIT
-            return Measurement(None, reason, broken[-1].detail if broken else "no number")
+            return replace(found, reason=found.reason if found.integrity else Reason.GUARD_EXIT)
         if duel.outcome is Reason.BETTER:
-            return Measurement(None, Reason.GUARD_WORSE, f"worse by more than {guard.tolerance:g} in "
-                               f"{len(duel.pairs)} pairs")
+            return Measurement(None, Reason.GUARD_WORSE, f"worse by more than "
+                               f"{format_number(guard.tolerance)} ({len(duel.pairs)} pairs)")
         return None
 
     def announce(self, event: Dict[str, Any]) -> None:
         """Write a duel's terms, or the end of exact mode, to the ledger before acting on it."""
         found = {name: value for name, value in event.items() if name not in ("type", "samples")}
         if "samples" in event:
-            found["samples"] = turned(event["samples"], self.run.config.sign)
-        self.run.record(event["type"], tree=self.candidate_tree.tree, n=self.work.n, **found)
+            found["samples"] = turned(event["samples"], self.sign)
+        self.run.record(event["type"], tree=self.tree.tree, n=self.work.n, **found)
 
     def out_of_time(self) -> bool:
         """Tell whether the budget leaves room only for the closing comparison."""
@@ -5245,6 +5219,32 @@ class Run:
         if seconds is not None and found.value is not None:     # a timeout is no run's usual cost
             seconds.append(round(found.seconds, 4))
         return found
+
+
+    def measure_pair(self, gauge: Gauge, first: Snapshot, second: Snapshot,
+                     seconds: Optional[List[float]] = None) -> Tuple[Measurement, Measurement]:
+        """Measure two trees under one fresh seed, coins deciding order and room."""
+        coins, seed = os.urandom(1)[0], fresh_seed()
+        runs = [(first, coins & 1), (second, 1 - (coins & 1))]
+        found = [self.measure(gauge, snapshot, room, seed, seconds)
+                 for snapshot, room in (reversed(runs) if coins & 2 else runs)]
+        return (found[1], found[0]) if coins & 2 else (found[0], found[1])
+
+    def fight_worse(self, gauge: Gauge, sign: float, base: Snapshot, rival: Snapshot,
+                    samples: Sequence[float], tolerance: float, out_of_time: Callable[[], bool]
+                    ) -> Tuple[Duel, Measurement]:
+        """Ask whether a tree is worse than the base; return the duel and the rival's last run."""
+        last: List[Measurement] = []
+
+        def pair() -> Tuple[float, Optional[float]]:
+            standing, other = self.measure_pair(gauge, base, rival)
+            if standing.value is None:
+                raise broken("the baseline", standing)
+            last[:] = [other]
+            return sign * standing.value, None if other.value is None else sign * other.value
+
+        duel = worse_duel(pair, [sign * value for value in samples], tolerance, out_of_time)
+        return duel, last[0] if last else Measurement(None)
 
 
 def make_tree(run: Run, name: str, layers: Sequence[Layer], kept: Sequence[bytes] = ()) -> Tree:
@@ -5420,23 +5420,23 @@ def consider(run: Run, work: Work, ended: Ended, gave_up: bool) -> Known:
         return facts
     candidate = make_candidate(run, proposal.edits, run.incumbent, run.state.tip)
     if candidate.tree == run.incumbent.tree:
-        return dataclasses.replace(facts, unchanged=True)
+        return replace(facts, unchanged=True)
     work.candidate = candidate
     run.store.diff(run.incumbent.tree, candidate.tree, bounded_file(work.folder, "diff.patch"))
     if candidate.tree in run.state.tried:
-        return dataclasses.replace(facts, repeated=True)
+        return replace(facts, repeated=True)
     trial = CleanroomTrial(run, work, candidate)
     noise = replace(run.state.noise, reference=turned(run.state.noise.reference, run.config.sign))
     judgement = judge(noise, noise_rules(run.config), trial)
     work.add_samples(judgement.samples, run.config.sign)
-    facts = dataclasses.replace(facts, judgement=judgement, failed=trial.failed)
+    facts = replace(facts, judgement=judgement, failed=trial.failed)
     gauge = holdout_gauge(run.config)
     if gauge and decide(facts).verdict is Verdict.KEEP:
         run.terminal.doing(f"#{work.n} holdout")
         found = run.measure(gauge, candidate, 0, fresh_seed())
         work.holdout = found.value
         if found.integrity:
-            facts = dataclasses.replace(facts, failed=found)
+            facts = replace(facts, failed=found)
     return facts
 
 
@@ -5799,7 +5799,7 @@ def check_canary(run: Run, gate: Gate, samples: Sequence[float]) -> None:
     word = os.path.join(config.folder, config.metric.canary[0])
     if len(config.metric.canary) == 1 and os.path.isfile(word) and word.endswith((".patch", ".diff")):
         try:
-            dataclasses.replace(run.store.repo, git_dir="", cwd=cwd).git("apply", word)
+            replace(run.store.repo, git_dir="", cwd=cwd).git("apply", word)
         except GitFailed as error:
             gate.fail("canary", f"the patch does not apply ({error}); make it anew")
             return
@@ -5821,23 +5821,9 @@ def check_canary(run: Run, gate: Gate, samples: Sequence[float]) -> None:
 
 def duel_canary(run: Run, gate: Gate, canary: Snapshot, samples: Sequence[float]) -> None:
     """Let the base and the canary fight: it must lose."""
-    gauge, sign = metric_gauge(run.config), run.config.sign
     run.terminal.doing("canary")
-
-    def pair() -> Tuple[float, Optional[float]]:
-        seed, coins = fresh_seed(), os.urandom(1)[0]
-        room = coins >> 1 & 1
-        order = [(run.base, room), (canary, 1 - room)]
-        values = {}
-        for snapshot, place in order[::-1] if coins & 1 else order:
-            found = run.measure(gauge, snapshot, place, seed)
-            values[snapshot.tree] = None if found.value is None else sign * found.value
-        base = values[run.base.tree]
-        if base is None:
-            raise MetricBroken("metric: fails on the baseline, which it measured before")
-        return base, values[canary.tree]
-
-    duel = worse_duel(pair, [sign * value for value in samples], 0.0, lambda: False)
+    duel, _ = run.fight_worse(metric_gauge(run.config), run.config.sign, run.base, canary, samples,
+                              0.0, lambda: False)
     if duel.outcome is Reason.BETTER:
         gate.ok("canary", f"the metric sees it ({len(duel.pairs)} pairs)")
     elif duel.outcome is Reason.NOISE_FAILED:
@@ -5936,17 +5922,12 @@ def measure_closing(run: Run) -> Dict[str, Any]:
     """Measure baseline against best anew, in pairs that decide nothing: what was really won."""
     if run.state.noise.exact or not run.state.keeps:
         return {}
-    gauge, pairs = metric_gauge(run.config), []
+    pairs = []
     for number in range(7):
         run.terminal.doing(f"closing comparison, pair {number + 1} of 7")
-        seed, coins = fresh_seed(), os.urandom(1)[0]
-        order = [(run.base, coins & 1), (run.incumbent, 1 - (coins & 1))]
-        values = {}
-        for snapshot, room in order[::-1] if coins & 2 else order:
-            values[snapshot.tree] = run.measure(gauge, snapshot, room, seed).value
-        row = (values[run.base.tree], values[run.incumbent.tree])
-        if None not in row:
-            pairs.append(row)
+        first, last = run.measure_pair(metric_gauge(run.config), run.base, run.incumbent)
+        if first.value is not None and last.value is not None:
+            pairs.append((first.value, last.value))
     if len(pairs) < 5:
         return {}
     gain = closing_gain([(run.config.sign * old, run.config.sign * new) for old, new in pairs])
@@ -6051,7 +6032,7 @@ def resume(config: Config, options: Options, user: UserRepository, tmp: str, ter
         raise Refused(f"config: {', '.join(others)} changed since the run began; change it back, or "
                       "begin anew with --new")
     if options.more:
-        config = dataclasses.replace(config, loop=dataclasses.replace(
+        config = replace(config, loop=replace(
             config.loop, iterations=state.iterations + options.more))
     anchored, seq = check_anchor(user, config, path, secret)
     if state.stopped in FINAL_STOPS and not options.more and seq == last["seq"] \
@@ -6063,11 +6044,11 @@ def resume(config: Config, options: Options, user: UserRepository, tmp: str, ter
     tips = [state.base, *(commit for _, commit, _ in state.keeps)]
     scope, argv, _ = look_around(gate, config, user, tips, state.base, fresh=False)
     gate.demand()
-    store = Store(dataclasses.replace(user.repo, git_dir=os.path.join(config.state_folder, "store.git"),
+    store = Store(replace(user.repo, git_dir=os.path.join(config.state_folder, "store.git"),
                                       work_tree="", cwd=config.state_folder))
     if not os.path.isdir(store.repo.git_dir):
         raise StoreDamaged(f"store: {store.repo.git_dir} is gone; begin anew with --new")
-    run = open_run(gate, config, dataclasses.replace(user, head=state.base), store,
+    run = open_run(gate, config, replace(user, head=state.base), store,
                    config.state_folder, tmp, watch, terminal, scope, argv, state.base, state.tip)
     gate.demand()
     now = environment_record(run)
@@ -6209,7 +6190,7 @@ def verify_ledger(config: Config, user: UserRepository, path: str, findings: Fin
 
 def verify_repository(config: Config, user: UserRepository, state: State, findings: Findings) -> None:
     """Check branch, kept commits, their anchors, scope and seal against the ledger."""
-    recorded = dataclasses.replace(config, loop=dataclasses.replace(
+    recorded = replace(config, loop=replace(
         config.loop, scope=tuple(state.config["loop"]["scope"]),
         seal=tuple(state.config["loop"]["seal"]), ignore=tuple(state.config["loop"]["ignore"])))
     scope = make_scope(recorded, user.prefix)
@@ -6250,8 +6231,8 @@ def commit_problem(store: Store, scope: Scope, state: State, parent: str, commit
     if f"\nScalar-Loop-Iteration: {n}\n" not in text \
             or f"\nScalar-Loop-Metric: {state.metric_name}={value!r}\n" not in text:
         return "its trailers do not say what the ledger says"
-    fields = rows.split(b"\0")
-    for meta, path in zip(fields[0::2], fields[1::2]):
+    words = rows.split(b"\0")
+    for meta, path in zip(words[0::2], words[1::2]):
         new_mode = int(meta.split(b" ")[1], 8)
         if not scope.holds(path) or new_mode not in (0, PLAIN, EXECUTABLE):
             return f"{shown_path(path)} is outside the scope"
@@ -6290,7 +6271,7 @@ def verify_seals(config: Config, user: UserRepository, state: State, scope: Scop
 def replay(config: Config, user: UserRepository, state: State, tmp: str, terminal: Terminal,
            watch: Watch, findings: Findings) -> None:
     """Measure the base and every keep again, from git alone, in fresh cleanrooms."""
-    user = dataclasses.replace(user, head=state.tip)
+    user = replace(user, head=state.tip)
     store = Store(user.repo)
     scope = make_scope(config, user.prefix)
     os.mkdir(os.path.join(tmp, "state"), 0o700)

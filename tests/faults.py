@@ -6,6 +6,7 @@ MODE is
   full     from the n-th call on nothing can be created or written any more: the disk is full
   kill     the process is killed right after its n-th call; a write is cut in half
   git      the n-th git process dies without doing its work
+  clock    the clock goes back by a day at the n-th look at it
 LOG tells what went wrong; it stays away when the run ended before its n-th call.
 """
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, Callable, Set
 
@@ -104,6 +106,18 @@ class Countdown:
         os.write = self.wrap_write  # type: ignore[assignment]
         subprocess.Popen = self.popen()  # type: ignore[misc, assignment]
 
+    def set_back(self) -> None:
+        """Let the clock go back by a day at the n-th look."""
+        now = time.time
+
+        def told() -> float:
+            self.count += 1
+            if self.count == self.left:
+                self.note("clock")
+            return now() - (86400 if self.count >= self.left else 0)
+
+        time.time = told
+
     def popen(self) -> Any:
         """Return a Popen that counts."""
         countdown, plain = self, subprocess.Popen
@@ -128,5 +142,6 @@ def _opens_to_write(path: Any, mode: str = "r", *args: Any, **options: Any) -> b
 
 
 if __name__ == "__main__":
-    Countdown(sys.argv[1], int(sys.argv[2]), sys.argv[3]).install()
+    countdown = Countdown(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    countdown.set_back() if countdown.mode == "clock" else countdown.install()
     sys.exit(scalarloop.main(sys.argv[4:]))

@@ -1,7 +1,7 @@
 """Write where only the user or the loop may: repository, settings, record, home, cleanrooms."""
 import os
 
-from siege import HOME, PROJECT, STATE, TURN, YARD, refuse, rooms
+from siege import HOME, PROJECT, STATE, YARD, refuse, rooms
 
 EVIL = YARD / "run" / "evil"        # leaves a mark, wherever it is run from
 
@@ -98,9 +98,8 @@ def user_site():
 
 def path_shim():
     """A tool of that name where a careless PATH would look."""
-    for name in ("src/sl-shim", "sl-shim") if TURN == "metric" else ("src/sl-shim",):
-        append(name, "#!/bin/sh\necho METRIC value=0\n")
-        os.chmod(name, 0o755)
+    append("src/sl-shim", "#!/bin/sh\necho METRIC value=0\n")
+    os.chmod("src/sl-shim", 0o755)
 
 
 def cleanroom():

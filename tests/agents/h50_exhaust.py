@@ -47,8 +47,7 @@ def log():
 
 
 def log_lines():
-    """Of the kind that has to be looked at."""
-    line = b"METRIC nearly\n" * 1000
+    line = b"metric value=1\n" * 1000
     for _ in range(1000):
         sys.stdout.buffer.write(line)
     sys.stdout.flush()

@@ -1,8 +1,8 @@
 """Play several acts a turn and say how each ended: for the levels of isolation.
 
-`siege.py PLAN` runs in the workspace; PLAN is JSON: a list of turns, each {"agent": [...], "metric":
-[...]} of FILE.ACT. The metric's acts become the candidate's code, which the metric runs. An act that
-comes through returns; one that is refused raises OSError, and its errno is the answer.
+The plan, a file in the user's folder, lists for each turn the agent's acts and the metric's; those of
+the metric become the candidate's code, which the metric runs. An act that comes through returns; one
+that is refused raises OSError, and its errno is the answer. Each turn makes a true gain as well.
 """
 import errno
 import importlib
@@ -69,7 +69,8 @@ siege.perform(%r)
 if __name__ == "__main__":
     sys.dont_write_bytecode = True
     sys.modules["siege"] = sys.modules["__main__"]
-    turn = json.loads(sys.argv[1])[int(os.environ["SCALARLOOP_ITERATION"]) - 1]
+    plan = json.loads((YARD / "run" / "plan.json").read_text())
+    turn = plan[int(os.environ["SCALARLOOP_ITERATION"]) - 1]
     lower()
     Path("src/prog.py").write_text(PROGRAM % (sys.path[0], turn["metric"]) if turn["metric"] else "pass\n")
     perform(turn["agent"])

@@ -1,0 +1,674 @@
+"""`verify`: every tampering with a finished run is found and named; honest differences only warn; replay measures again."""
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import stat
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Tuple
+
+import pytest
+
+import scalarloop
+from conftest import TOOL, Project, chained, lower_by, make_project
+
+ANCHOR = "refs/scalarloop/t/ledger"
+BRANCH = "scalarloop/t"
+
+
+def records_of(project: Project) -> List[Dict[str, Any]]:
+    """Return the ledger's records, to change and chain anew."""
+    return project.ledger()
+
+
+def of_type(records: List[Dict[str, Any]], kind: str) -> Dict[str, Any]:
+    """Return the first record of a type."""
+    return next(record for record in records if record["type"] == kind)
+
+
+def keeps_of(records: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Return the keeps."""
+    return [record for record in records if record.get("verdict") == "keep"]
+
+
+def test_a_finished_run_is_whole(finished: Project) -> None:
+    result = finished.call("verify")
+    assert result.code == 0 and "warning" not in result.out and "BROKEN" not in result.out, result
+    assert "2 keeps" in result.out and "verified" in result.out
+
+
+# ---- the tamper table: what is done, and what verify must say
+
+Tamper = Callable[[Project], None]
+TABLE: List[Tuple[str, str, Tamper]] = []
+
+
+def tamper(says: str) -> Callable[[Tamper], Tamper]:
+    """Put a tampering into the table; `says` is looked for in what verify finds broken."""
+    def add(act: Tamper) -> Tamper:
+        TABLE.append((act.__name__, says, act))
+        return act
+    return add
+
+
+@tamper("line 5")
+def change_a_byte(project: Project) -> None:
+    data = b"".join(project.lines())
+    at = data.index(b'"note"', sum(map(len, project.lines()[:4])))
+    project.put_ledger(data[:at + 1] + b"N" + data[at + 2:])
+
+
+@tamper("line 4")
+def drop_a_line(project: Project) -> None:
+    project.put_ledger(b"".join(project.lines()[:3] + project.lines()[4:]))
+
+
+@tamper("line 5")
+def double_a_line(project: Project) -> None:
+    lines = project.lines()
+    project.put_ledger(b"".join(lines[:4] + lines[3:]))
+
+
+@tamper("line 3")
+def swap_two_lines(project: Project) -> None:
+    lines = project.lines()
+    project.put_ledger(b"".join([*lines[:2], lines[3], lines[2], *lines[4:]]))
+
+
+@tamper("cut off")
+def tear_the_last_line(project: Project) -> None:
+    project.put_ledger(b"".join(project.lines())[:-9])
+
+
+@tamper("ledger")
+def empty_the_ledger(project: Project) -> None:
+    project.put_ledger(b"")
+
+
+@tamper(ANCHOR)
+def put_an_older_copy_back(project: Project) -> None:
+    older = project.git("log", "-g", "--format=%H", ANCHOR, check=False).splitlines()
+    first = older[-1] if older else project.git("rev-parse", f"{BRANCH}~1")
+    data = project.git("show", f"{first}:ledger.jsonl", check=False) if older else ""
+    project.put_ledger(data.encode() + b"\n" if data else b"".join(project.lines()[:4]))
+
+
+@tamper(ANCHOR)
+def chain_anew_with_a_better_number(project: Project) -> None:
+    records = records_of(project)
+    keep = keeps_of(records)[-1]
+    keep.update(value=1.0, best=1.0)
+    of_type(records, "stop")["best"] = 1.0
+    project.put_ledger(chained(records))
+
+
+@tamper("trailer")
+def chain_anew_and_move_the_anchor_too(project: Project) -> None:
+    records = records_of(project)
+    of_type(records, "baseline")["samples"] = [200.0] * 3
+    project.put_ledger(chained(records))
+    move_anchor(project)
+
+
+@tamper("trailer")
+def chain_anew_with_another_value_in_one_keep(project: Project) -> None:
+    records = records_of(project)
+    keeps_of(records)[-1]["value"] = 79.0
+    project.put_ledger(chained(records))
+    move_anchor(project)
+
+
+@tamper("n")
+def count_an_iteration_twice(project: Project) -> None:
+    records = records_of(project)
+    place = records.index(keeps_of(records)[0])
+    records.insert(place + 1, {**records[place], "verdict": "discard", "commit": None})
+    project.put_ledger(chained(records))
+    move_anchor(project)
+
+
+@tamper("sealed files|trailer")
+def rewrite_the_manifest(project: Project) -> None:
+    records = records_of(project)
+    of_type(records, "start")["seal_root"] = "0" * 64
+    project.put_ledger(chained(records))
+    move_anchor(project)
+
+
+@tamper("sealed files|trailer|parent")
+def rewrite_the_manifest_and_what_it_seals(project: Project) -> None:
+    """Make another base whose sealed file is another one, and a ledger and branch upon it."""
+    records = records_of(project)
+    old = of_type(records, "start")["base"]
+    tree = project.git("rev-parse", f"{plant(project, old, 'data/truth.txt', 'mine')}^{{tree}}")
+    base = project.git("commit-tree", tree, "-m", "start")
+    of_type(records, "start").update(base=base, tree=tree)
+    for record in records:
+        if record.get("base") == old:
+            record["base"] = base
+    project.put_ledger(chained(records))
+    move_anchor(project)
+
+
+@tamper("branch|" + BRANCH)
+def amend_a_kept_commit(project: Project) -> None:
+    message = project.git("log", "-1", "--format=%B", BRANCH)
+    new = project.git("commit-tree", f"{BRANCH}^{{tree}}", "-p", f"{BRANCH}~1", "-m", message + "!")
+    project.git("update-ref", f"refs/heads/{BRANCH}", new)
+
+
+@tamper(BRANCH)
+def move_the_branch_back(project: Project) -> None:
+    project.git("update-ref", f"refs/heads/{BRANCH}", f"{BRANCH}~1")
+
+
+@tamper(BRANCH)
+def move_the_branch_on(project: Project) -> None:
+    new = plant(project, BRANCH, "src/value.txt", "1\n")
+    project.git("update-ref", f"refs/heads/{BRANCH}", new)
+
+
+@tamper(BRANCH)
+def delete_the_branch(project: Project) -> None:
+    project.git("update-ref", "-d", f"refs/heads/{BRANCH}")
+
+
+@tamper("outside the scope|trailer")
+def smuggle_a_commit_in_and_forge_the_ledger(project: Project) -> None:
+    smuggle(project, "metric.py", "print('METRIC value=0')\n")
+
+
+@tamper("sealed|outside the scope")
+def smuggle_a_sealed_change_into_a_new_session(project: Project) -> None:
+    """Records are added after the anchor, as anybody can to a chain without a key."""
+    smuggle(project, "data/truth.txt", "mine\n", after=True)
+
+
+@tamper(ANCHOR)
+def delete_the_anchor(project: Project) -> None:
+    project.git("update-ref", "-d", ANCHOR)
+
+
+@tamper(ANCHOR)
+def move_the_anchor_to_something_else(project: Project) -> None:
+    project.git("update-ref", ANCHOR, "HEAD")
+
+
+@tamper(ANCHOR)
+def move_the_anchor_to_a_blob(project: Project) -> None:
+    project.git("update-ref", ANCHOR, project.git("rev-parse", "HEAD:metric.py"))
+
+
+@tamper(ANCHOR)
+def put_garbage_into_the_anchor(project: Project) -> None:
+    (project.root / ".git" / ANCHOR).write_bytes(b"garbage\n")
+
+
+@tamper(ANCHOR)
+def let_the_anchor_name_a_record_to_come(project: Project) -> None:
+    anchor(project, f"seq 999 hash {'a' * 64}\n")
+
+
+@tamper("")
+def delete_the_objects_of_the_keeps(project: Project) -> None:
+    commit = project.git("rev-parse", f"{BRANCH}~1")
+    remove_object(project, commit)
+
+
+@tamper("")
+def delete_a_blob_of_the_base(project: Project) -> None:
+    remove_object(project, project.git("rev-parse", f"{BRANCH}:data/truth.txt"))
+
+
+@tamper("")
+def fill_a_sealed_object_with_other_bytes(project: Project) -> None:
+    oid = project.git("rev-parse", f"{BRANCH}:data/truth.txt")
+    other = project.git("rev-parse", f"{BRANCH}:metric.py")
+    loosen(project)
+    objects = project.root / ".git" / "objects"
+    target = objects / oid[:2] / oid[2:]
+    target.chmod(0o644)
+    shutil.copyfile(objects / other[:2] / other[2:], target)
+
+
+@tamper("")
+def graft_other_objects_over_the_sealed_ones(project: Project) -> None:
+    """A ref of refs/replace must not change what verify sees: the graft itself is no break."""
+    mine = project.git("rev-parse", f"{plant(project, BRANCH, 'data/truth.txt', 'x')}:data/truth.txt")
+    project.git("replace", project.git("rev-parse", f"{BRANCH}:data/truth.txt"), mine)
+    smuggle(project, "data/truth.txt", "x", after=True)
+
+
+def plant(project: Project, parent: str, path: str, text: str, message: str = "planted") -> str:
+    """Return a commit on `parent` with one file changed; nothing points at it."""
+    blob = project.write("../planted", text)
+    oid = project.git("hash-object", "-w", "--no-filters", str(blob))
+    index = {**os.environ, "GIT_INDEX_FILE": str(project.tmp / "planted.index")}
+    for words in (["read-tree", parent], ["update-index", "--cacheinfo", f"100644,{oid},{path}"]):
+        scalarloop.subprocess.run(["git", *words], cwd=project.root, env=index, check=True)
+    tree = scalarloop.subprocess.run(["git", "write-tree"], cwd=project.root, env=index, check=True,
+                                     stdout=scalarloop.subprocess.PIPE).stdout.decode().strip()
+    return project.git("commit-tree", tree, "-p", parent, "-m", message)
+
+
+def smuggle(project: Project, path: str, text: str, after: bool = False) -> None:
+    """Put a commit onto the branch and forge the ledger's records for it, chain and trailers included."""
+    records = records_of(project)
+    keep, stop = dict(keeps_of(records)[-1]), of_type(records, "stop")
+    place = len(records) if after else records.index(stop)
+    if after:
+        records.append({**of_type(records, "start"), "type": "resume", "more": 1, "limits": []})
+        place += 1
+    forged = [json.loads(line) for line in chained(records[:place]).splitlines()]
+    n = max(row["n"] for row in records if row["type"] == "iteration") + 1
+    message = (f"#{n} value 80 -> 70 (-12.5 %)\n\nScalar-Loop-Iteration: {n}\n"
+               f"Scalar-Loop-Metric: value=70.0\nScalar-Loop-Base: {keep['base']}\n"
+               f"Scalar-Loop-Ledger: {place - 1} {forged[-1]['hash']}\n")
+    commit = plant(project, BRANCH, path, text, message)
+    keep.update(n=n, base=keep["commit"], commit=commit, value=70.0, best=70.0, files=[path],
+                tree=project.git("rev-parse", f"{commit}^{{tree}}"), turns=0)
+    tail = [keep, {**stop, "best": 70.0, "tip": commit}]
+    project.put_ledger(chained(records[:place] + tail))
+    project.git("update-ref", f"refs/heads/{BRANCH}", commit)
+    if not after:
+        move_anchor(project)
+
+
+def anchor(project: Project, message: str) -> None:
+    """Point the anchor at a commit of this message that holds the ledger."""
+    blob = project.git("hash-object", "-w", "--no-filters", str(project.state / "ledger.jsonl"))
+    (project.tmp / "listing").write_text(f"100644 blob {blob}\tledger.jsonl\n")
+    with open(project.tmp / "listing", "rb") as listing:
+        tree = scalarloop.subprocess.run(["git", "mktree"], cwd=project.root, stdin=listing, check=True,
+                                         stdout=scalarloop.subprocess.PIPE).stdout.decode().strip()
+    project.git("update-ref", ANCHOR, project.git("commit-tree", tree, "-m", message))
+
+
+def move_anchor(project: Project) -> None:
+    """Let the anchor name the ledger's last record, as somebody may who can write the repository."""
+    last = project.ledger()[-1]
+    anchor(project, f"seq {last['seq']} hash {last['hash']}\n")
+
+
+def loosen(project: Project) -> None:
+    """Unpack every pack of the repository."""
+    packs = project.root / ".git" / "objects" / "pack"
+    for pack in sorted(packs.glob("*.pack")):
+        aside = project.tmp / pack.name
+        shutil.move(str(pack), aside)
+        with open(aside, "rb") as stream:
+            scalarloop.subprocess.run(["git", "unpack-objects", "-q"], cwd=project.root, stdin=stream,
+                                      check=True)
+        for rest in packs.glob(pack.stem + ".*"):
+            rest.unlink()
+
+
+def remove_object(project: Project, oid: str) -> None:
+    """Take one object away."""
+    loosen(project)
+    (project.root / ".git" / "objects" / oid[:2] / oid[2:]).unlink()
+
+
+@pytest.mark.parametrize("name,says,act", TABLE, ids=[row[0] for row in TABLE])
+def test_a_tampering_is_found_and_named(finished: Project, name: str, says: str, act: Tamper) -> None:
+    act(finished)
+    result = finished.call("verify")
+    assert result.code == 4, result
+    broken = "\n".join(line for line in (result.out + result.err).splitlines()
+                       if line.startswith(("BROKEN", "scalarloop: ")))
+    assert broken and re.search(says, broken), result
+    assert "Traceback" not in result.out + result.err
+
+
+@pytest.mark.parametrize("name,act", [row[::2] for row in TABLE if "ledger" in row[0] or "line" in row[0]
+                                      or "byte" in row[0] or "chain" in row[0]
+                                      or "anchor" in row[0] and "delete" not in row[0]])
+def test_a_start_does_not_go_on_from_a_record_that_is_broken(finished: Project, name: str, act: Tamper
+                                                             ) -> None:
+    act(finished)
+    before = b"".join(finished.lines())
+    result = finished.call()
+    if name == "tear_the_last_line":
+        assert b"".join(finished.lines()) == before[:before.rfind(b"\n") + 1] or result.code == 4
+    if name == "empty_the_ledger":
+        assert result.code in (2, 4), result
+        return
+    assert result.code == 4, result
+    assert "Traceback" not in result.err and b"".join(finished.lines()) in before
+
+
+def test_a_tail_cut_at_any_line_is_found_once_the_stop_is_anchored(finished: Project) -> None:
+    lines = finished.lines()
+    for kept in range(len(lines)):
+        finished.put_ledger(b"".join(lines[:kept]))
+        result = finished.call("verify")
+        assert result.code == 4 and "BROKEN" in result.out + result.err, (kept, result)
+    finished.put_ledger(b"".join(lines))
+    assert finished.call("verify").code == 0
+
+
+def test_a_tail_cut_below_the_last_keep_is_found_even_without_the_anchor(finished: Project) -> None:
+    lines, records = finished.lines(), records_of(finished)
+    finished.git("update-ref", "-d", ANCHOR)
+    for kept in range(records.index(keeps_of(records)[-1]) + 1):
+        finished.put_ledger(b"".join(lines[:kept]))
+        assert finished.call("verify").code == 4, kept
+
+
+def test_a_record_that_is_ahead_of_its_hand_back_is_not_called_broken(finished: Project) -> None:
+    """Killed between the record of a keep and its publication: the next start publishes it."""
+    records, lines = records_of(finished), finished.lines()
+    first, last = keeps_of(records)
+    finished.put_ledger(b"".join(lines[:records.index(last) + 1]))
+    finished.git("update-ref", f"refs/heads/{BRANCH}", first["commit"])
+    place = records.index(first)
+    anchor(finished, f"seq {place} hash {first['hash']}\n")
+    result = finished.call("verify")
+    assert result.code == 0 and "warning" in result.out, result
+    finished.git("update-ref", "-d", f"refs/heads/{BRANCH}")       # two behind: not where it was left
+    assert finished.call("verify").code == 4
+
+
+# ---- what only warns
+
+def test_a_changed_loop_ini_is_a_warning_that_names_the_keys(finished: Project) -> None:
+    finished.config["loop"].update(iterations=99, goal="Another one.")
+    finished.save_config()
+    result = finished.call("verify")
+    assert result.code == 0, result
+    assert re.search(r"warning .*\[loop\] iterations.*\[loop\] goal", result.out), result
+
+
+def test_a_scope_widened_in_loop_ini_does_not_widen_what_was_allowed(finished: Project) -> None:
+    smuggle(finished, "metric.py", "print('METRIC value=0')\n", after=True)
+    finished.config["loop"]["scope"] = "src/** metric.py"
+    finished.save_config()
+    assert finished.call("verify").code == 4
+
+
+def test_another_tool_is_a_warning(finished: Project, tmp_path: Path) -> None:
+    other = tmp_path / "other.py"
+    other.write_bytes(TOOL.read_bytes() + b"# one more comment\n")
+    done = scalarloop.subprocess.run([finished.python, str(other), "verify", "loop.ini"],
+                                     cwd=finished.root, stdout=-1, stderr=-1)
+    assert done.returncode == 0 and b"warning  this scalarloop.py is not" in done.stdout
+
+
+def test_a_clock_that_went_backwards_is_a_warning(project: Project, tmp_path: Path) -> None:
+    project.turns(lower_by(10), lower_by(10))
+    project.save_config()
+    log = str(tmp_path / "clock.log")
+    faults = str(Path(__file__).with_name("faults.py"))
+    done = scalarloop.subprocess.run([project.python, faults, "clock", "12", log, "loop.ini"],
+                                     cwd=project.root, stdout=-1, stderr=-1)
+    assert done.returncode == 0, done
+    assert os.path.exists(log)
+    result = project.call("verify")
+    assert result.code == 0 and re.search(r"warning .*record \d+: the clock went backwards", result.out)
+
+
+def test_a_sealed_file_outside_the_tree_that_changed_is_a_warning(project: Project, tmp_path: Path
+                                                                 ) -> None:
+    data = tmp_path / "outside.txt"
+    data.write_text("sealed")
+    project.config["loop"]["seal"] = str(data)
+    project.turns(lower_by(10))
+    assert project.run().code == 0
+    assert "warning" not in project.call("verify").out
+    data.write_text("other")
+    result = project.call("verify")
+    assert result.code == 0 and f"{data} is not here as it was" in result.out
+
+
+def test_without_a_run_verify_is_refused_in_one_line(project: Project) -> None:
+    result = project.call("verify")
+    assert result.code == 2 and len(result.err.splitlines()) == 1 and "no ledger" in result.err
+
+
+def test_verify_writes_nothing(finished: Project) -> None:
+    def everything() -> Dict[str, Tuple[int, int]]:
+        return {str(path): (path.lstat().st_mtime_ns, path.lstat().st_size)
+                for path in finished.root.rglob("*") if not stat.S_ISDIR(path.lstat().st_mode)}
+    before = everything()
+    assert finished.call("verify").code == 0
+    assert finished.call("verify", "--replay").code == 0
+    assert everything() == before and finished.leftovers() == []
+
+
+# ---- a stranger
+
+def test_a_stranger_can_check_the_run_from_a_clone_alone(finished: Project, tmp_path: Path) -> None:
+    """The branch and refs/scalarloop/* are all that has to be pushed: they carry the ledger."""
+    hub = tmp_path / "hub.git"
+    finished.git("init", "-q", "--bare", str(hub))
+    finished.git("push", "-q", str(hub), "HEAD:refs/heads/main", BRANCH,
+                 "refs/scalarloop/*:refs/scalarloop/*")
+    finished.git("clone", "-q", "--branch", "main", str(hub), str(tmp_path / "clone"), cwd=tmp_path)
+    stranger = Project(tmp_path / "clone", tmp_path)
+    stranger.config = finished.config
+    stranger.git("fetch", "-q", "origin", f"{BRANCH}:{BRANCH}", "refs/scalarloop/*:refs/scalarloop/*")
+    stranger.state.mkdir(parents=True)
+    stranger.put_ledger(stranger.git("show", f"{ANCHOR}:ledger.jsonl").encode() + b"\n")
+    assert stranger.lines() == finished.lines()
+    result = stranger.call("verify")
+    assert result.code == 0 and "BROKEN" not in result.out, result
+    replayed = stranger.call("verify", "--replay")
+    assert replayed.code == 0 and replayed.out.count("exactly") == 3, replayed
+    change_a_byte(stranger)
+    assert stranger.call("verify").code == 4
+
+
+# ---- replay
+
+def test_replay_measures_the_baseline_and_every_keep_again(finished: Project) -> None:
+    result = finished.call("verify", "--replay")
+    assert result.code == 0 and "warning" not in result.out, result
+    said = re.findall(r"ok +replay (\S+): (\S+), exactly", result.out)
+    assert said == [("baseline", "100"), ("#1", "90"), ("#3", "80")]
+
+
+def test_replay_says_which_numbers_do_not_come_again(project: Project, tmp_path: Path) -> None:
+    offset = tmp_path / "offset"
+    offset.write_text("0")
+    project.write("metric.py", f"""
+        value = int(open("src/value.txt").read())
+        other = int(open({str(offset)!r}).read())
+        print("METRIC value=%d" % (value if value > 95 else value + other))
+    """)
+    project.commit("a metric that depends on something outside")
+    project.turns(lower_by(10), lower_by(10))
+    assert project.run().code == 0
+    offset.write_text("1")
+    result = project.call("verify", "--replay")
+    assert result.code == 0, result
+    assert re.search(r"ok +replay baseline: 100, exactly", result.out)
+    assert re.search(r"warning +replay #1: 91, recorded 90", result.out)
+    assert re.search(r"warning +replay #2: 81, recorded 80", result.out)
+    offset.unlink()
+    result = project.call("verify", "--replay")
+    assert result.code == 0 and "replay #2: fails here" in result.out, result
+
+
+NOISY = """
+    import pathlib, random
+    value = int(pathlib.Path("src/value.txt").read_text())
+    print("METRIC value=%.6f" % (value + random.gauss(0, 1)))
+"""
+
+
+def test_replay_of_a_noisy_metric_goes_by_the_noise(project: Project) -> None:
+    project.write("metric.py", NOISY)
+    project.commit("a noisy metric")
+    project.turns(lower_by(40), lower_by(-10))
+    assert project.run().code == 0
+    assert [row["verdict"] for row in project.iterations()] == ["keep", "discard"]
+    result = project.call("verify", "--replay")
+    assert result.code == 0, result
+    assert result.out.count("within the noise") == 2, result
+    assert "exactly" not in result.out
+
+
+def test_replay_notices_a_noisy_metric_that_is_another_one_now(project: Project, tmp_path: Path
+                                                              ) -> None:
+    shift = tmp_path / "shift"
+    shift.write_text("0")
+    project.write("metric.py", NOISY.replace("random.gauss(0, 1)",
+                                             f"random.gauss(0, 1) + int(open({str(shift)!r}).read())"))
+    project.commit("a noisy metric")
+    project.turns(lower_by(40))
+    assert project.run().code == 0
+    shift.write_text("50")
+    result = project.call("verify", "--replay")
+    assert result.code == 0 and result.out.count("recorded") == 2, result
+
+
+def test_replay_does_not_run_on_a_broken_record(finished: Project, tmp_path: Path) -> None:
+    change_a_byte(finished)
+    result = finished.call("verify", "--replay")
+    assert result.code == 4 and "replay" not in result.out
+
+
+# ---- with a key
+
+@pytest.fixture
+def keyed(project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    """Return a finished run whose ledger is under a key, which is in force."""
+    (tmp_path / "key").write_bytes(b"0123456789abcdef0123456789abcdef")
+    (tmp_path / "wrong").write_bytes(b"another key, also long enough")
+    monkeypatch.setenv("SCALARLOOP_LEDGER_KEY", str(tmp_path / "key"))
+    project.turns(lower_by(10))
+    assert project.run().code == 0
+    return project
+
+
+def test_under_a_key_nobody_else_can_make_the_chain_anew(keyed: Project, tmp_path: Path,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    assert keyed.call("verify").code == 0
+    whole, records = b"".join(keyed.lines()), records_of(keyed)
+    for secret in (None, b"a key of the forger's own"):
+        keyed.put_ledger(chained(records, secret))
+        move_anchor(keyed)
+        result = keyed.call("verify")
+        assert result.code == 4 and "line 1" in result.out, result
+    for row in records:
+        row.update({"keyed": False} if row["type"] == "start" else {})
+    keyed.put_ledger(chained(records))
+    assert keyed.call("verify").code == 4
+    keyed.put_ledger(whole)
+
+
+@pytest.mark.parametrize("command", ["verify", "status", ""])
+def test_a_wrong_or_missing_key_is_told_from_a_tampering(keyed: Project, tmp_path: Path, command: str,
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [command] if command else []
+    monkeypatch.setenv("SCALARLOOP_LEDGER_KEY", str(tmp_path / "wrong"))
+    result = keyed.call(*words)
+    assert result.code == 4 and "key" in result.out + result.err, result
+    monkeypatch.delenv("SCALARLOOP_LEDGER_KEY")
+    result = keyed.call(*words)
+    assert result.code in (2, 4) and "SCALARLOOP_LEDGER_KEY" in result.out + result.err, result
+    monkeypatch.setenv("SCALARLOOP_LEDGER_KEY", str(tmp_path / "nowhere"))
+    result = keyed.call(*words)
+    assert result.code == 2 and len(result.err.splitlines()) == 1, result
+
+
+def test_the_key_is_nowhere_in_the_record(keyed: Project) -> None:
+    for path in keyed.state.rglob("*"):
+        if path.is_file():
+            assert b"0123456789abcdef0123456789abcdef" not in path.read_bytes(), path
+
+
+# ---- fuzz
+
+def mutated(chance: random.Random, data: bytes, records: List[Dict[str, Any]]) -> bytes:
+    """Return a broken or forged ledger: bytes at random, or records changed and chained anew."""
+    if chance.random() < .4:
+        return mutate_bytes(chance, data)
+    records = json.loads(json.dumps(records))
+    for _ in range(chance.choice((1, 1, 2, 5))):
+        mutate_record(chance, chance.choice(records))
+    if chance.random() < .2:
+        del records[chance.randrange(len(records))]
+    if chance.random() < .2:
+        records.insert(chance.randrange(len(records) + 1), dict(chance.choice(records or [{}])))
+    return chained(records)
+
+
+def mutate_bytes(chance: random.Random, data: bytes) -> bytes:
+    """Flip, cut, double or overwrite some bytes."""
+    for _ in range(chance.choice((1, 1, 2, 8))):
+        at = chance.randrange(len(data) or 1)
+        length = chance.choice((1, 1, 2, 10, 500))
+        piece = data[at:at + length]
+        data = chance.choice((
+            data[:at] + chance.randbytes(length) + data[at + length:] if hasattr(chance, "randbytes")
+            else data[:at] + os.urandom(length) + data[at + length:],
+            data[:at] + data[at + length:], data[:at] + piece + data[at:], data[:at],
+            data[:at] + b"\n" + data[at:], data[:at] + b"\0" * length + data[at:],
+            data[:at] + b'{"a":' * length + data[at:]))
+    return data
+
+
+ODD = (None, True, False, 0, -1, 1, 10 ** 30, 0.5, -1e308, 1e-320, "", "x", "\ud800", "\0", "../..",
+       "refs/heads/main", "-x", "a" * 5000, [], [None], [[]], {}, {"a": None}, "0" * 40, "0" * 64,
+       ["x", 1], [1e308, -1e308], "keep", "iteration", "stop", "start")
+
+
+def mutate_record(chance: random.Random, record: Dict[str, Any]) -> None:
+    """Give one field, at any depth, a value that it never has, or take it away."""
+    place: Any = record
+    while True:
+        name = chance.choice(sorted(place)) if isinstance(place, dict) else chance.randrange(len(place))
+        inner = place[name]
+        if not isinstance(inner, (dict, list)) or not inner or chance.random() < .3:
+            break
+        place = inner
+    if chance.random() < .2 and isinstance(place, dict):
+        del place[name]
+    else:
+        place[name] = chance.choice(ODD)
+
+
+def fuzz(project: Project, seed: int, count: int, command: Callable[[random.Random], List[str]]) -> None:
+    """Try so many ledgers; whatever they are, the tool ends with a documented code and plain lines."""
+    chance = random.Random(seed)
+    data, records = b"".join(project.lines()), records_of(project)
+    tip, ref = project.git("rev-parse", BRANCH), project.git("rev-parse", ANCHOR)
+    for number in range(count):
+        ledger = mutated(chance, data, records)
+        project.put_ledger(ledger)
+        anchored = chance.random() < .5
+        project.git("update-ref", *((ANCHOR, ref) if anchored else ("-d", ANCHOR)))
+        words = command(chance)
+        try:
+            result = project.call(*words)
+        except BaseException as error:
+            (project.tmp / "ledger.bad").write_bytes(ledger)
+            raise AssertionError(f"ledger {number} of seed {seed}, {words}, anchored {anchored}: "
+                                 f"{error!r}") from error
+        assert result.code in (0, 1, 2, 4), (number, seed, words, result)
+        assert len(result.err) < 20_000 and "Traceback" not in result.err, (number, seed, result)
+        if words == ["verify"]:
+            assert (result.code == 4) == ("BROKEN" in result.out), (number, seed, result)
+            if ledger != data and anchored and ledger[:len(data)] != data:
+                assert result.code == 4, (number, seed, result)
+        assert project.git("rev-parse", BRANCH) == tip
+    project.put_ledger(data)
+
+
+def quiet(chance: random.Random) -> List[str]:
+    """Return a command that only reads."""
+    return chance.choice((["verify"], ["verify"], ["verify"], ["status"], ["prompt"]))
+
+
+def test_no_ledger_makes_a_reader_fall_over(finished: Project) -> None:
+    fuzz(finished, 4, 200, quiet)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_no_ledger_of_ten_thousand_makes_a_reader_fall_over(finished: Project, seed: int) -> None:
+    fuzz(finished, 1000 + seed, 500, quiet)
