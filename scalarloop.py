@@ -267,6 +267,7 @@ parse_whole = matching(r"[0-9]{1,9}", "a whole number from 0 to 999999999", int)
 parse_samples = matching(r"(?!0*[0-4]$)[0-9]{1,6}", "a whole number from 5 up", int)
 parse_bool = matching(r"(?i)yes|no|true|false|on|off", "yes or no", is_yes)
 parse_not_yet = matching(r"(?i)no", "no; this is not yet supported", is_yes)
+parse_exclusive = matching(r"(?i)yes", "yes; anything else is not yet supported", is_yes)
 parse_workers = matching(r"1", "1; more than one worker is not yet supported", int)
 
 
@@ -515,7 +516,7 @@ class MetricOptions:
     confidence: Optional[float] = key(parse_confidence, 0.8)
     env: Tuple[str, ...] = key(parse_variables, ())
     network: str = key(parse_choice("allow", "deny"), "allow")
-    exclusive: bool = key(parse_bool, True)
+    exclusive: bool = key(parse_exclusive, True)
     runner: Tuple[str, ...] = key(parse_words, ())
     canary: Tuple[str, ...] = key(parse_command, ())
 
@@ -2103,7 +2104,8 @@ def run_fenced(fence: Fence, argv: Sequence[str], **options: Any) -> Ended:
     return ended
 
 
-def choose_isolation(config: Config, tmp: str, state_folder: str, watch: Watch) -> Isolation:
+def choose_isolation(config: Config, tmp: str, state_folder: str, holdout: Sequence[str],
+                     watch: Watch) -> Isolation:
     """Take the asked-for level, or the best that can be had, and witness it; refuse less.
 
     A fact counts as held only if a witness inside the real fence saw it.
@@ -2129,10 +2131,9 @@ def choose_isolation(config: Config, tmp: str, state_folder: str, watch: Watch) 
             raise Refused(f"isolation: {word} can't be had on this machine ({why}); set [isolation] "
                           "level or require to what it has")
     level = wanted if wanted != "auto" else level
-    hidden = [state_folder] + [path for path in [os.environ.get("SCALARLOOP_LEDGER_KEY", "")] if path]
-    secrets = hidden + [path for word in config.holdout.files for path in
-                        [os.path.join(config.folder, os.path.expanduser(word))]
-                        if os.path.exists(path)]
+    secret = os.environ.get("SCALARLOOP_LEDGER_KEY", "")
+    hidden = [state_folder] + ([secret] if secret else [])
+    secrets = [*hidden, *holdout]
     fence = Fence(level, writable=(work, scratch), hidden=tuple(secrets),
                   network=config.metric.network == "allow")
     facts = take_facts(fence, run, work, bait, state_folder, [config.path])
@@ -2625,6 +2626,11 @@ class Scope:
 def is_outside(word: str) -> bool:
     """Tell whether a `seal` word names a path of the machine rather than of the tree."""
     return word.startswith(("/", "~")) or ".." in word.split("/")
+
+
+def outside_path(config: Config, word: str) -> str:
+    """Return the absolute path that a word of loop.ini stands for."""
+    return os.path.abspath(os.path.join(config.folder, os.path.expanduser(word)))
 
 
 def make_scope(config: Config, prefix: bytes) -> Scope:
@@ -4789,7 +4795,7 @@ def sealed_paths(config: Config, user: UserRepository, scope: Scope,
     """Return the paths outside the tree that are sealed: `seal` words and every program run."""
     paths = []
     for word in config.loop.seal:
-        full = os.path.join(config.folder, os.path.expanduser(word))
+        full = outside_path(config, word)
         one = replace(scope, sealed=(split_glob(word),))
         if not is_outside(word) and any(map(one.seals, listed)):
             continue
@@ -4903,8 +4909,9 @@ class StateLock:
         if self._file < 0:
             return
         if undo:
-            for name in ("store.git", "lfs", "iterations", "ledger.jsonl"):
-                remove_tree(os.path.join(self.folder, name))
+            if self.folder in self.created:
+                for name in ("store.git", "lfs", "iterations", "ledger.jsonl"):
+                    remove_tree(os.path.join(self.folder, name))
             with contextlib.suppress(OSError):      # another start may have come in meanwhile
                 os.unlink(self.path)
             self._undo()
@@ -5297,6 +5304,8 @@ def run_loop(run: Run) -> str:
             iterate(run)
         except (FenceFailed, OSError) as error:     # the machine's fault: no data, one more try
             run.watch.check()
+            if run.work is None or run.work.n != run.state.iterations + 1:
+                raise       # its verdict is recorded: the fault came after it
             void(run, Reason.MACHINE, str(error))
 
 
@@ -5304,7 +5313,7 @@ def void(run: Run, reason: Reason, detail: str) -> None:
     """Record an iteration that is not data: the machine's fault or our own."""
     work = run.work or Work(run.state.iterations + 1, "")
     if work.n != run.state.iterations + 1:
-        return      # its verdict is recorded: the fault came after it
+        return
     settle(run, work, Known(), Decision(VERDICT_OF[reason], reason, detail))
 
 
@@ -5326,12 +5335,12 @@ def begin_iteration(run: Run) -> Work:
     """Make the workspace pristine and the iteration's folder."""
     n = run.state.iterations + 1
     folder = os.path.join(run.folder, "iterations", f"{n:04d}")
+    run.work = Work(n, folder)      # before anything can fail: a void names the one under way
     remove_tree(folder)
     os.makedirs(folder, 0o700)
     run.metric_log = os.path.join(folder, "metric.log")
     run.terminal.doing(f"#{n} preparing")
     prepare_workspace(run)
-    run.work = Work(n, folder)
     return run.work
 
 
@@ -5620,9 +5629,10 @@ def open_run(gate: Gate, config: Config, user: UserRepository, store: Store, fol
     incumbent = snapshot if tip == base else Snapshot(
         store.repo.line("rev-parse", f"{tip}^{{tree}}"), take_manifest(store, tip, lfs))
     outside = OutsideSeal(sealed_paths(config, user, scope, listed))
-    run = Run(config, user, scope, store, tmp, folder, watch, terminal,
-              choose_isolation(config, tmp, folder, watch), lfs, snapshot, incumbent, outside, argv)
-    run.hidden = hidden_paths(config, scope, manifest)
+    hidden = hidden_paths(config, scope, manifest)
+    isolation = choose_isolation(config, tmp, folder, secret_paths(config, user, hidden), watch)
+    run = Run(config, user, scope, store, tmp, folder, watch, terminal, isolation, lfs, snapshot,
+              incumbent, outside, argv, hidden=hidden)
     gate.ok("seal", f"{len(manifest)} tracked files and {len(outside.entries)} outside the tree")
     gate.rows += [Condition("isolation", *row) for row in isolation_rows(config, run.isolation)]
     run.shared = share_layer(run)
@@ -5633,10 +5643,31 @@ def open_run(gate: Gate, config: Config, user: UserRepository, store: Store, fol
 
 
 def hidden_paths(config: Config, scope: Scope, manifest: Manifest) -> FrozenSet[bytes]:
-    """Return the tracked paths that only the holdout may read."""
-    globs = [split_glob(word) for word in config.holdout.files if not is_outside(word)]
-    return frozenset(path for path in manifest if path.startswith(scope.prefix) and any(
-        segments_match(decoded(path[len(scope.prefix):]).split("/"), glob) for glob in globs))
+    """Return the tracked paths that only the holdout may read: `files` names them or their folder.
+
+    Refuses a word that names nothing: a slip would leave the holdout open.
+    """
+    found: Set[bytes] = set()
+    for word in config.holdout.files:
+        only = replace(scope, sealed=(split_glob(word),))
+        named = [] if is_outside(word) else [path for path in manifest if only.seals(path)]
+        if not named and not os.path.lexists(outside_path(config, word)):
+            raise Refused(f"holdout: {printable(word)} names nothing; correct [holdout] files")
+        found.update(named)
+    return frozenset(found)
+
+
+def secret_paths(config: Config, user: UserRepository, hidden: FrozenSet[bytes]) -> List[str]:
+    """Return where the holdout's files can be read on this machine, the user's objects included."""
+    found = [outside_path(config, word) for word in config.holdout.files]
+    if hidden:
+        found += [os.path.join(user.top, os.fsdecode(path)) for path in sorted(hidden)]
+        found.append(user.objects)
+        with contextlib.suppress(OSError):
+            with open(os.path.join(user.objects, "info", "alternates"), "rb") as stream:
+                found += [os.path.join(user.objects, os.fsdecode(line))
+                          for line in stream.read().splitlines() if line]
+    return [path for path in dict.fromkeys(found) if os.path.exists(path)]
 
 
 def share_layer(run: Run) -> Layer:
@@ -5731,6 +5762,9 @@ def take_baseline(run: Run, gate: Gate) -> Optional[Baseline]:
                 continue
         gate.ok("guard", f"{guard.name} holds on the baseline")
     metric = run.config.metric
+    if metric.cache:
+        gate.notice("metric", "cache: what one candidate leaves in " + " ".join(metric.cache)
+                    + " is there when the next one is measured")
     if metric.samples and metric.samples < 12 and not exact:
         gate.notice("metric", f"samples = {metric.samples} lets few duels be won: from 12 up is better")
     if median(samples) == 0 and any(gain and gain.percent for gain in (metric.min_gain,
@@ -5860,21 +5894,13 @@ def run_command(config: Config, options: Options, terminal: Terminal, watch: Wat
 
 
 def has_begun(folder: str) -> bool:
-    """Tell whether a run's ledger holds more than a start that was cut off in its first write.
-
-    What such a start left is removed: nothing was decided yet.
-    """
-    path = os.path.join(folder, "ledger.jsonl")
+    """Tell whether a run's ledger holds more than a start that was cut off in its first write."""
     try:
-        with open(path, "rb") as stream:
+        with open(os.path.join(folder, "ledger.jsonl"), "rb") as stream:
             first, second = stream.readline(), stream.readline()
-        if second.endswith(b"\n") or first.endswith(b"\n") and b'"type":"start"' not in first:
-            return True
-        os.unlink(path)
     except FileNotFoundError:
-        pass
-    remove_tree(os.path.join(folder, "store.git"))
-    return False
+        return False
+    return second.endswith(b"\n") or first.endswith(b"\n") and b'"type":"start"' not in first
 
 
 def begin_anew(config: Config, user: UserRepository) -> None:
@@ -5989,6 +6015,8 @@ def pass_gate(gate: Gate, config: Config, user: UserRepository, folder: str, tmp
         return None, None
     try:
         terminal.doing("preparing")
+        for name in ("ledger.jsonl", "store.git"):      # of a start that was cut off
+            remove_tree(os.path.join(folder, name))
         store = create_store(os.path.join(folder, "store.git"), user)
         run = open_run(gate, config, user, store, folder, tmp, watch, terminal, scope, argv,
                        user.head, user.head)
@@ -6121,7 +6149,8 @@ def set_aside(config: Config, user: UserRepository) -> None:
         if at:
             move_refs(user, [(new, at, ""), (old, "0" * len(at), at)])
     os.mkdir(f"{folder}.{number}", 0o700)
-    for entry in os.listdir(folder):
+    entries = sorted(os.listdir(folder), key=lambda name: name == "ledger.jsonl")
+    for entry in entries:       # the ledger last: a kill half-way leaves a run, not a stump
         if entry != "lock":
             os.rename(os.path.join(folder, entry), os.path.join(f"{folder}.{number}", entry))
 

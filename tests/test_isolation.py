@@ -6,7 +6,6 @@ tests run as root; he needs a Python that he can execute, and a skip says so whe
 """
 import functools
 import glob
-import importlib.util
 import json
 import os
 import shutil
@@ -20,11 +19,10 @@ from pathlib import Path
 
 import pytest
 
+import scalarloop as iso
+
 HERE = Path(__file__).resolve().parent
 MODULE = HERE.parent / "scalarloop.py"
-SPEC = importlib.util.spec_from_file_location(MODULE.stem, MODULE)
-iso = sys.modules[MODULE.stem] = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(iso)
 NOBODY = 65534
 FENCED = ("landlock", "namespaces")
 REFUSED = {"EACCES", "EPERM", "EROFS", "EBUSY", "EXDEV", "ESRCH", "ENETUNREACH"}
@@ -713,7 +711,8 @@ def test_probe_where_namespaces_are_refused(any_stage):
                        "(user namespaces are refused here)"]
 
 
-@pytest.mark.parametrize("python", sorted(glob.glob("/root/.pyenv/versions/3.[91]*/bin/python")))
+@pytest.mark.parametrize("python", sorted(
+    glob.glob(os.path.expanduser("~/.pyenv/versions/3.[91]*/bin/python"))))
 def test_every_python(any_stage, python):
     if not os.access(python, os.X_OK):
         pytest.skip(f"{python} is out of reach")

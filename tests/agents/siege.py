@@ -11,7 +11,9 @@ import os
 import sys
 from pathlib import Path
 
-from play import lower
+sys.dont_write_bytecode = True      # the folder of these files is to stay as it is
+
+from play import lower  # noqa: E402
 
 YARD = Path(os.environ["SCALARLOOP_TEST_YARD"])     # the user's folder: project, home, tool, run
 PROJECT, HOME = YARD / "project", YARD / "home"
@@ -58,8 +60,7 @@ def perform(acts):
         print("ACT", TURN, act, answer, flush=True)
 
 
-PROGRAM = """import os, sys
-sys.dont_write_bytecode = True
+PROGRAM = """import sys
 sys.path.insert(0, %r)
 import siege
 siege.perform(%r)
@@ -67,7 +68,6 @@ siege.perform(%r)
 
 
 if __name__ == "__main__":
-    sys.dont_write_bytecode = True
     sys.modules["siege"] = sys.modules["__main__"]
     plan = json.loads((YARD / "run" / "plan.json").read_text())
     turn = plan[int(os.environ["SCALARLOOP_ITERATION"]) - 1]
