@@ -846,7 +846,8 @@ def write_file(path: str, data: Any, mode: int = 0o600) -> None:
 
     Temporary file, fsync, rename, fsync of the folder.
     """
-    temporary = f"{path}.{os.getpid()}.tmp"
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f"tmp_{name}.{os.getpid()}")   # git prunes tmp_* of its own
     try:
         with open(temporary, "wb") as stream:
             shutil.copyfileobj(io.BytesIO(data) if isinstance(data, bytes) else data, stream)
@@ -2232,8 +2233,11 @@ class Repository:
             "GIT_NO_REPLACE_OBJECTS": "1", "GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1",
             "TZ": "UTC", **IDENTITY, **where, **(env or {})}
         settings = [word for setting in GIT_SETTINGS for word in ("-c", setting)]
-        ended = run_program([self.program, *settings, *args], cwd=self.cwd, env=environment,
-                              sink=sink or output.append, errors=errors, stdin=stdin)
+        try:
+            ended = run_program([self.program, *settings, *args], cwd=self.cwd, env=environment,
+                                sink=sink or output.append, errors=errors, stdin=stdin)
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            raise GitFailed(f"git can't run in {self.cwd} ({error.strerror})") from None
         if ended.status not in accept:
             lines = errors.log().decode("utf-8", "replace").strip().splitlines()
             name = next((word for word in args if word != "-c" and "=" not in word), "git")
@@ -2246,8 +2250,12 @@ class Repository:
         return os.fsdecode(self.git(*args, **options).rstrip(b"\n"))
 
     def refs(self, names: Sequence[str]) -> Dict[str, str]:
-        """Return the objects that these refs point at; one that is absent has no row."""
-        rows = self.git("for-each-ref", "--format=%(refname) %(objectname)", *names).splitlines()
+        """Return the objects that these refs point at; an absent one has no row.
+
+        A symbolic one is "symbolic": following it would move another branch.
+        """
+        rows = self.git("for-each-ref", "--format=%(refname) %(if)%(symref)%(then)symbolic%(else)"
+                        "%(objectname)%(end)", *names).splitlines()
         found = dict(os.fsdecode(row).rsplit(" ", 1) for row in rows)
         return {name: found[name] for name in names if name in found}
 
@@ -2532,19 +2540,23 @@ def move_refs(user: UserRepository, moves: Sequence[Tuple[str, str, str]]) -> No
 
     Raises RecordBroken when one is elsewhere: it is somebody else's then, and left alone.
     """
-    script = "".join(f"update {ref} {new} {old or '0' * len(new)}\n" for ref, new, old in moves)
+    script = "".join(f"option no-deref\nupdate {ref} {new} {old or '0' * len(new)}\n"
+                     for ref, new, old in moves)
     try:
         user.repo.git("update-ref", "-m", "scalarloop", "--stdin", stdin=script.encode())
     except GitFailed as error:
         now = user.repo.refs([ref for ref, _, _ in moves])
+        if all(now.get(ref, "") == new for ref, new, _ in moves):
+            return
         if all(now.get(ref, "") == old for ref, _, old in moves):
             raise       # not moved by anybody: git itself could not, and says why
         raise RecordBroken(f"{' or '.join(row[0] for row in moves)} is no longer where this run left "
                            f"it ({error}); it was left alone. Look at it, then move it back or start "
                            "a new run") from None
     parts = [ref.split("/") for ref, _, _ in moves]
-    keep_owner(user.objects, [os.path.join(user.common_dir, log, *words[:n]) for words in parts
-                              for log in ("", "logs") for n in range(2, len(words) + 1)])
+    with contextlib.suppress(OSError):      # the refs have moved: what follows can't undo that
+        keep_owner(user.objects, [os.path.join(user.common_dir, log, *words[:n]) for words in parts
+                                  for log in ("", "logs") for n in range(2, len(words) + 1)])
 
 
 def keep_owner(like: str, paths: Iterable[str]) -> None:
@@ -4075,8 +4087,10 @@ def read_ledger(path: str, secret: Optional[bytes], torn: Optional[List[bytes]] 
             body = line[:-1]
             digest = fitting_hash(body, secret)
             if not digest:
+                keyed = ", or it is under a key: set SCALARLOOP_LEDGER_KEY" \
+                    if b'"keyed":true' in body else ""
                 raise RecordBroken(f"{where}: was changed (its hash does not fit its bytes"
-                                   + (", or the key is another one)" if secret else ")"))
+                                   + (", or the key is another one" if secret else keyed) + ")")
             try:
                 record = json.loads(body)
                 same = not strict or canonical(record) == body
@@ -4198,6 +4212,7 @@ class State:
         self.noise = NoiseState()
         self.guard_samples: Dict[str, List[float]] = {}
         self.stopped = ""
+        self.due, self.due_before, self.moved_on = -1, -1, False    # records that are handed back
         self.unproven = 0
         self.sessions = 0
         self.check_ins = 0
@@ -4205,6 +4220,10 @@ class State:
     def advance(self, record: Record) -> None:
         """Take one record of the ledger in."""
         handler = getattr(self, f"_on_{record['type']}", None)
+        if record["type"] == "stop" or record.get("verdict") == Verdict.KEEP:
+            self.due, self.due_before, self.moved_on = record["seq"], self.due, False
+        elif record["type"] != "resume":
+            self.moved_on = True
         try:
             if handler:
                 handler(record)
@@ -4230,9 +4249,9 @@ class State:
         self.config = checked_config(record["config"])
         self.stopped = ""
         self.sessions += 1
-        self.failures = self.give_ups = self.voids = 0
+        self.failures = self.voids = 0
         if record["more"]:
-            self.since_keep = 0
+            self.since_keep = self.give_ups = 0
 
     def _on_turn(self, record: Record) -> None:
         self.turns += 1
@@ -4272,10 +4291,15 @@ class State:
         self.check_ins += record["reason"] == "check_in"
 
 
+def too_dear(config: Config, state: State) -> bool:
+    """Tell whether one more turn would pass the cost limit."""
+    agent = config.agent
+    return agent.max_cost is not None and (state.turns + 1) * agent.price_per_turn > agent.max_cost
+
+
 def stop_reason(config: Config, state: State, elapsed: float) -> str:
     """Return why the run is over, or "" while it is not; the order is the order of the report."""
     loop, best = config.loop, state.best
-    cost = state.turns * config.agent.price_per_turn
     due = state.iterations // loop.check_in if loop.check_in else 0
     rules = [
         ("target", loop.target is not None and best is not None
@@ -4286,7 +4310,7 @@ def stop_reason(config: Config, state: State, elapsed: float) -> str:
         ("failures", state.failures >= loop.failures),
         ("void", state.voids >= 2),
         ("constant_metric", looks_constant(state.noise)),
-        ("max_cost", config.agent.max_cost is not None and cost >= config.agent.max_cost),
+        ("max_cost", too_dear(config, state)),
         ("budget", loop.budget is not None and elapsed >= loop.budget),
         ("check_in", due > state.check_ins),
     ]
@@ -4297,7 +4321,7 @@ STOP_TEXT = {
     "target": "the target is reached", "iterations": "all iterations are done",
     "patience": "nothing was kept for too long", "give_ups": "the agent gave up repeatedly",
     "failures": "the agent failed repeatedly", "void": "the machine failed twice in a row",
-    "constant_metric": "the metric looks constant: no tree ever gave another number",
+    "constant_metric": "the metric looks constant: no tree ever gave another number; mend it",
     "max_cost": "the cost limit is reached", "budget": "the time budget is used up",
     "check_in": "paused for a check-in", "interrupted": "interrupted",
     "failed": "the run failed", "store": "the store is damaged",
@@ -4470,7 +4494,8 @@ def format_seconds(seconds: float) -> str:
 def format_iteration(record: Record, best_before: Optional[float]) -> str:
     """Return the line of an iteration: number, verdict, metric, change, reason, seconds."""
     value = record["value"]
-    seconds = sum(record["agent_seconds"]) + sum(record["metric_seconds"])
+    seconds = sum(record["agent_seconds"]) + sum(record["metric_seconds"]) \
+        + sum(record["failed_seconds"])
     why = record["reason"]
     extra = record["detail"] or record["evidence"]
     if extra:
@@ -4505,6 +4530,8 @@ def format_summary(config: Config, state: State, head: str, records: int, reason
     else:
         lines.append("branch     none: nothing was kept")
     lines.append(f"ledger     {records - 1} {head}")
+    if reason in STOP_EXIT and reason not in FINAL_STOPS:
+        lines.append("next       start again to go on")
     return "\n".join(lines)
 
 
@@ -4624,7 +4651,7 @@ def check_branch(gate: Gate, config: Config, user: UserRepository, tips: Sequenc
     """Refuse a result branch that is checked out, blocked by another name, or somebody else's."""
     branch = config.loop.branch
     ref = f"refs/heads/{branch}"
-    at = user.repo.ref(ref)
+    at = user.repo.refs([ref]).get(ref, "")
     rows = user.repo.git("for-each-ref", "--format=%(refname)%00%(worktreepath)%00",
                          "refs/heads").split(b"\0")
     names = {row.lstrip(b"\n").decode("utf-8", "replace"): place
@@ -5000,6 +5027,9 @@ class Work:
     turns: int = 0
     agent_seconds: List[float] = field(default_factory=list)
     metric_seconds: List[float] = field(default_factory=list)
+    failed_seconds: List[float] = field(default_factory=list)
+    others: Dict[str, float] = field(default_factory=dict)      # numbers beside the metric's
+    known: Optional[Known] = None
     candidate: Optional[Snapshot] = None
     prompt_digest: str = ""
     log_digest: str = ""
@@ -5223,8 +5253,12 @@ class Run:
         shown = self.visible(snapshot, gauge.key)
         place.use_git(shown.tree)
         found = place.measure(gauge, shown.manifest, seed)
-        if seconds is not None and found.value is not None:     # a timeout is no run's usual cost
+        if seconds is not None and found.value is not None:
             seconds.append(round(found.seconds, 4))
+        elif seconds is not None and self.work:     # a timeout is no run's usual cost
+            self.work.failed_seconds.append(round(found.seconds, 4))
+        if self.work and found.others:
+            self.work.others = dict(found.others)
         return found
 
 
@@ -5324,8 +5358,9 @@ def iterate(run: Run) -> None:
     for turn in range(1, run.config.agent.rework + 2):
         ended, gave_up = propose(run, work, turn, rework)
         facts = consider(run, work, ended, gave_up)
+        mended, work.known = facts is not work.known, facts
         decision = decide(facts)
-        if decision.verdict not in REWORKABLE:
+        if decision.verdict not in REWORKABLE or not mended or too_dear(run.config, run.state):
             break
         rework = format_rework(decision, facts)
     settle(run, work, facts, decision)
@@ -5419,17 +5454,18 @@ def write_plain(path: str, data: bytes, append: bool = False) -> None:
 
 def consider(run: Run, work: Work, ended: Ended, gave_up: bool) -> Known:
     """Find out what is to be known of a turn's result, as far as it matters."""
+    save_memory(run)
     if gave_up:
         return Known(gave_up=True, ended=ended)
-    rules = run.census_rules()
-    proposal = take_census(run.workspace, rules)
-    save_memory(run)
+    proposal = take_census(run.workspace, run.census_rules())
     facts = Known(ended=ended, proposal=proposal)
     if proposal.violation:
         return facts
     candidate = make_candidate(run, proposal.edits, run.incumbent, run.state.tip)
     if candidate.tree == run.incumbent.tree:
         return replace(facts, unchanged=True)
+    if work.known and work.candidate and work.candidate.tree == candidate.tree:
+        return work.known           # a rework that mended nothing: what was found stands
     work.candidate = candidate
     run.store.diff(run.incumbent.tree, candidate.tree, bounded_file(work.folder, "diff.patch"))
     if candidate.tree in run.state.tried:
@@ -5523,6 +5559,7 @@ def settle(run: Run, work: Work, facts: Known, decision: Decision) -> None:
         samples=work.samples,
         evidence=judgement.evidence if judgement else "", holdout=work.holdout,
         turns=work.turns, agent_seconds=work.agent_seconds, metric_seconds=work.metric_seconds,
+        failed_seconds=work.failed_seconds, others=work.others,
         agent_exit=facts.ended.describe() if facts.ended else "", note=work.note,
         prompt_sha256=work.prompt_digest, log_sha256=work.log_digest,
         elapsed=round(run.elapsed(), 3))
@@ -6066,10 +6103,18 @@ def resume(config: Config, options: Options, user: UserRepository, tmp: str, ter
     if state.stopped in FINAL_STOPS and not options.more and seq == last["seq"] \
             and stop_reason(config, state, state.elapsed):
         terminal.say(format_summary(config, state, last["hash"], last["seq"] + 1, state.stopped, ""))
-        terminal.say("this run is finished; --more N goes on with it, --new begins anew")
+        terminal.say(f"this run is finished ({state.stopped}); " + how_to_go_on(state.stopped))
         return None
+    reason = stop_reason(config, state, state.elapsed) if options.more else ""
+    if reason and reason not in ("iterations", "check_in"):
+        raise Refused(f"--more: the run would stop at once ({reason}); {how_to_go_on(reason)}")
     gate = Gate()
     tips = [state.base, *(commit for _, commit, _ in state.keeps)]
+    branch = f"refs/heads/{config.loop.branch}"
+    if user.repo.refs([branch]).get(branch, state.base) not in tips:
+        raise RecordBroken(f"branch {config.loop.branch} is no longer where this run left it; it was "
+                           f"left alone. Move it back to {state.tip[:12]}, or start a new run with "
+                           "--new")
     scope, argv, _ = look_around(gate, config, user, tips, state.base, fresh=False)
     gate.demand()
     store = Store(replace(user.repo, git_dir=os.path.join(config.state_folder, "store.git"),
@@ -6094,6 +6139,15 @@ def resume(config: Config, options: Options, user: UserRepository, tmp: str, ter
                  f"(baseline {format_number(state.baseline)}); isolation {run.isolation.level}")
     publish(run)
     return run
+
+
+def how_to_go_on(reason: str) -> str:
+    """Say what goes on with a finished run."""
+    limits = {"target": "[loop] target", "budget": "[loop] budget", "max_cost": "[agent] max_cost",
+              "constant_metric": "the metric"}
+    first = f"change {limits[reason]} to go on with it" if reason in limits \
+        else "--more N goes on with it"
+    return f"{first}, --new begins anew"
 
 
 def learn_folders(run: Run) -> None:
@@ -6164,6 +6218,7 @@ class Findings:
     errors: List[str] = field(default_factory=list)
     warnings: List[str] = field(default_factory=list)
     checked: List[str] = field(default_factory=list)
+    pending: bool = False       # the last record is on its way to the user's repository
 
 
 def verify_command(config: Config, options: Options, terminal: Terminal, watch: Watch) -> int:
@@ -6202,7 +6257,7 @@ def verify_ledger(config: Config, user: UserRepository, path: str, findings: Fin
             state.advance(record)
         if state.baseline is None:
             raise RecordBroken("ledger: holds no start and baseline")
-        check_anchor(user, config, path, ledger_secret())
+        check_pending(config, state, check_anchor(user, config, path, ledger_secret())[1], findings)
     except RecordBroken as error:
         findings.errors.append(str(error))
         return None
@@ -6217,6 +6272,24 @@ def verify_ledger(config: Config, user: UserRepository, path: str, findings: Fin
     return state
 
 
+def check_pending(config: Config, state: State, anchored: int, findings: Findings) -> None:
+    """Compare the anchor with the last keep or stop: both are handed back as soon as recorded.
+
+    Only the very last one may be on its way still, after a crash.
+    """
+    if anchored >= state.due:
+        return
+    findings.pending = anchored >= state.due_before and not state.moved_on
+    if findings.pending:
+        findings.warnings.append(f"record {state.due} is not handed back yet; start the run again")
+    elif anchored < 0:
+        raise RecordBroken(f"{config.anchor_ref} is not here, so a cut tail could not be seen (git "
+                           "fetch origin 'refs/scalarloop/*:refs/scalarloop/*')")
+    else:
+        raise RecordBroken(f"{config.anchor_ref} names record {anchored}, older than the last that "
+                           f"was handed back ({state.due})")
+
+
 def verify_repository(config: Config, user: UserRepository, state: State, findings: Findings) -> None:
     """Check branch, kept commits, their anchors, scope and seal against the ledger."""
     recorded = replace(config, loop=replace(
@@ -6224,11 +6297,16 @@ def verify_repository(config: Config, user: UserRepository, state: State, findin
         seal=tuple(state.config["loop"]["seal"]), ignore=tuple(state.config["loop"]["ignore"])))
     scope = make_scope(recorded, user.prefix)
     branch = state.config["loop"]["branch"]
-    at = user.repo.ref(f"refs/heads/{branch}")
-    if state.keeps and at != state.tip:
+    ref = f"refs/heads/{branch}"
+    at = user.repo.refs([ref]).get(ref, "")
+    tips = ["", state.base, *(row[1] for row in state.keeps)]
+    right = tips if findings.pending else [state.tip] if state.keeps else tips
+    if at not in right:
         findings.errors.append(f"branch {branch} is at {at[:12] or 'nothing'}, the ledger says "
-                               f"{state.tip[:12]}")
+                               f"{state.tip[:12] if state.keeps else 'nothing was kept'}")
         return
+    if findings.pending:
+        return      # the objects of the last keep may not be here yet
     if not user.repo.ref(f"{state.base}^{{commit}}"):
         findings.errors.append(f"base commit {state.base[:12]} is not in this repository")
         return
@@ -6402,6 +6480,8 @@ def read_state(config: Config) -> Tuple[State, Record]:
     state, last = State(), {}
     for last in read_ledger(path, ledger_secret(), []):
         state.advance(last)
+    if state.baseline is None:
+        raise Refused(f"status: the run at {config.state_folder} has no baseline yet; start it")
     return state, last
 
 

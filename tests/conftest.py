@@ -12,7 +12,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence
 
 import pytest
 
@@ -128,10 +128,7 @@ class Project:
         """Run `scalarloop.py ARGS loop.ini` as a user would."""
         if config:
             self.save_config()
-        words = list(args)
-        if not any(word.endswith(".ini") for word in words):
-            at = next((n for n, word in enumerate(words) if word.startswith("-")), len(words))
-            words.insert(at, "loop.ini")
+        words = with_config(args, "loop.ini")
         done = subprocess.run([python or self.python, str(TOOL), *words], cwd=self.root,
                               env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout)
@@ -145,7 +142,7 @@ class Project:
         handlers = [signal.getsignal(number) for number in listened]
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                code = scalarloop.main([*args, str(self.root / "loop.ini")])
+                code = scalarloop.main(with_config(args, str(self.root / "loop.ini")))
         finally:
             for number, handler in zip(listened, handlers):
                 signal.signal(number, handler)
@@ -198,6 +195,14 @@ class Project:
     def leftovers(self) -> List[str]:
         """Return what a run left in the temporary folder."""
         return sorted(os.listdir(os.environ["TMPDIR"]))
+
+
+def with_config(words: Sequence[str], path: str) -> List[str]:
+    """Put loop.ini before the options, unless the words name a file of their own."""
+    if any(word.endswith(".ini") for word in words):
+        return list(words)
+    at = next((n for n, word in enumerate(words) if word.startswith("-")), len(words))
+    return [*words[:at], path, *words[at:]]
 
 
 class Result:
@@ -265,12 +270,16 @@ def finished(finished_once: Project, tmp_path: Path) -> Project:
     return copy
 
 
-def chained(records: List[Dict[str, Any]], secret: Optional[bytes] = None) -> bytes:
+def chained(records: Iterable[Dict[str, Any]], secret: Optional[bytes] = None) -> bytes:
     """Return a ledger of these records with sequence, chain and hashes made anew, as a forger would."""
-    prev, lines = scalarloop.FIRST_PREV, []
+    return b"".join(chain(records, secret))
+
+
+def chain(records: Iterable[Dict[str, Any]], secret: Optional[bytes] = None) -> Iterator[bytes]:
+    """Yield the lines of such a ledger."""
+    prev = scalarloop.FIRST_PREV
     for seq, record in enumerate(records):
         body = {name: value for name, value in record.items() if name != "hash"}
         body.update(seq=seq, prev=prev)
         prev = scalarloop.record_hash(scalarloop.canonical(body), secret)
-        lines.append(scalarloop.canonical({**body, "hash": prev}) + b"\n")
-    return b"".join(lines)
+        yield scalarloop.canonical({**body, "hash": prev}) + b"\n"

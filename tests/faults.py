@@ -6,7 +6,7 @@ MODE is
   full     from the n-th call on nothing can be created or written any more: the disk is full
   kill     the process is killed right after its n-th call; a write is cut in half
   git      the n-th git process dies without doing its work
-  clock    the clock goes back by a day at the n-th look at it
+  clock    the clock goes back by a day at the n-th record
 LOG tells what went wrong; it stays away when the run ended before its n-th call.
 """
 from __future__ import annotations
@@ -107,13 +107,14 @@ class Countdown:
         subprocess.Popen = self.popen()  # type: ignore[misc, assignment]
 
     def set_back(self) -> None:
-        """Let the clock go back by a day at the n-th look."""
+        """Let the clock go back by a day at the n-th record."""
         now = time.time
 
         def told() -> float:
-            self.count += 1
-            if self.count == self.left:
-                self.note("clock")
+            if sys._getframe(1).f_code.co_name == "timestamp":
+                self.count += 1
+                if self.count == self.left:
+                    self.note("clock")
             return now() - (86400 if self.count >= self.left else 0)
 
         time.time = told

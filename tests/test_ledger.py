@@ -1,6 +1,7 @@
 """The ledger alone: its one form, its chain, what an append guarantees, and that no change goes unseen."""
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import hmac
@@ -24,11 +25,16 @@ def path(tmp_path: Path) -> str:
     return str(tmp_path / "ledger.jsonl")
 
 
+def add(ledger: Ledger, kind: str, **fields: Any) -> None:
+    """Append one record."""
+    ledger.append((kind, fields))
+
+
 def write_some(path: str, count: int = 4, secret: Any = None) -> Ledger:
     """Write a ledger of a few records."""
     ledger = Ledger(path, secret)
     for number in range(count):
-        ledger.append("turn", n=number, turn=1, note='q"\\\u00e9\n', base="b" * 40, prompt_sha256="")
+        add(ledger, "turn", n=number, turn=1, note='q"\\\u00e9\n', base="b" * 40, prompt_sha256="")
     return ledger
 
 
@@ -53,7 +59,7 @@ def test_a_number_that_is_not_finite_has_no_form(number: float) -> None:
 
 def test_numbers_and_odd_texts_come_back_as_they_went(path: str) -> None:
     values = [0.1, 1e-320, 1.7976931348623157e308, -0.0, 2 ** 63, "\ud800", "\x00", "\u2028"]
-    Ledger(path, None).append("turn", values=values)
+    add(Ledger(path, None), "turn", values=values)
     found = read(path)[0]["values"]
     assert found == values and str(found[3]) == "-0.0"
 
@@ -100,8 +106,8 @@ def test_the_key_comes_from_the_file_that_the_environment_names(monkeypatch: pyt
 def test_a_hash_field_inside_a_record_is_not_taken_for_its_own(path: str) -> None:
     """`[adapter] hash = ...` puts such a field into the config, before the record's own."""
     ledger = Ledger(path, None)
-    ledger.append("start", config={"adapter": {"hash": "a" * 64, "model": "m"}})
-    ledger.append("turn", n=1)
+    add(ledger, "start", config={"adapter": {"hash": "a" * 64, "model": "m"}})
+    add(ledger, "turn", n=1)
     assert [record["seq"] for record in read(path)] == [0, 1]
     body = Path(path).read_bytes().replace(b"a" * 64, b"b" * 64)
     Path(path).write_bytes(body)
@@ -115,7 +121,7 @@ def test_an_append_is_on_disk_before_it_returns(path: str, monkeypatch: pytest.M
     ledger, flushed = Ledger(path, None), []
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (flushed.append(os.fstat(fd).st_size), fsync(fd)))
-    ledger.append("turn", n=1)
+    add(ledger, "turn", n=1)
     assert flushed and flushed[-1] == os.path.getsize(path) > 0
 
 
@@ -124,7 +130,7 @@ def test_a_new_ledger_is_in_its_folder_before_the_first_record_is_acted_on(
     """Without a flush of the folder a power cut may take the whole file away."""
     folders, fsync = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (folders.append(os.fstat(fd).st_ino), fsync(fd)))
-    Ledger(path, None).append("start")
+    add(Ledger(path, None), "start")
     assert os.stat(os.path.dirname(path)).st_ino in folders
 
 
@@ -176,18 +182,40 @@ def test_a_ledger_that_somebody_touched_gets_nothing_appended(path: str, touch: 
     held = Path(open_file).read_bytes() if os.path.exists(open_file) else b""
     shown = Path(path).read_bytes() if os.path.exists(path) else b""
     with pytest.raises(RecordBroken) as caught:
-        ledger.append("turn", n=9)
+        add(ledger, "turn", n=9)
     assert caught.value.exit_code == 4 and "ledger" in str(caught.value)
     assert (Path(path).read_bytes() if os.path.exists(path) else b"") == shown
     if held:
         assert Path(open_file).read_bytes() == held
 
 
+def test_records_that_belong_together_are_written_together(path: str, monkeypatch: pytest.MonkeyPatch
+                                                           ) -> None:
+    ledger, write, left = write_some(path), os.write, [200]
+    before = Path(path).read_bytes()
+
+    def cut(fd: int, data: bytes) -> int:
+        if not left[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        count = write(fd, data[:left[0]])
+        left[0] -= count
+        return count
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", cut)
+        with pytest.raises(ScalarLoopError):
+            ledger.append(("start", {"x": 1}), ("baseline", {"y": "z" * 300}))
+    assert Path(path).read_bytes() == before
+    again = Ledger(path, None, ledger.records, ledger.head)
+    again.append(("start", {"x": 1}), ("baseline", {"y": 2}))
+    assert [record["type"] for record in read(path)][-2:] == ["start", "baseline"]
+
+
 def test_short_writes_are_carried_on(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger, write = Ledger(path, None), os.write
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:7]))
     for number in range(3):
-        ledger.append("turn", n=number)
+        add(ledger, "turn", n=number)
     assert [record["n"] for record in read(path)] == [0, 1, 2]
 
 
@@ -213,11 +241,11 @@ def test_a_failed_write_leaves_the_ledger_as_it_was(path: str, room: int,
         patch.setattr(os, "write", full)
         patch.setattr(os, "fsync", broken)
         with pytest.raises(ScalarLoopError, match="start again") as caught:
-            ledger.append("turn", n=9)
+            add(ledger, "turn", n=9)
     assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
     assert Path(path).read_bytes() == before
     again = Ledger(path, None, ledger.records, ledger.head)
-    again.append("turn", n=4)
+    add(again, "turn", n=4)
     assert [record["n"] for record in read(path)] == [0, 1, 2, 3, 4]
 
 
@@ -232,7 +260,7 @@ def test_a_disk_that_can_t_even_cut_back_still_ends_in_one_clear_line(
         patch.setattr(os, "fsync", fail)
         patch.setattr(os, "ftruncate", fail)
         with pytest.raises((ScalarLoopError, OSError)) as caught:
-            ledger.append("turn", n=4)
+            add(ledger, "turn", n=4)
     assert not isinstance(caught.value, RecordBroken)
     assert [record["n"] for record in read(path)][:4] == [0, 1, 2, 3]     # whole, or torn at its end
 
@@ -377,7 +405,8 @@ def test_another_form_of_the_same_record_is_found_though_its_hash_fits(name: str
 
 def synthetic(iterations: int) -> Iterator[Dict[str, Any]]:
     """Yield the records of a long run: one keep in a hundred iterations."""
-    config = {name: {} for name in ("loop", "agent", "metric", "holdout", "isolation", "adapter")}
+    config = {name: dataclasses.asdict(schema()) for name, schema in scalarloop.SECTIONS.items()}
+    config["adapter"] = {}
     yield {"type": "start", "v": 1, "time": "", "config": config, "base": "b" * 40, "tree": "t" * 40}
     yield {"type": "baseline", "v": 1, "time": "", "value": 1e6, "samples": [1e6] * 3, "name": "m",
            "metric_seconds": [1.0] * 3, "guards": {}, "holdout": None}
@@ -400,7 +429,7 @@ def synthetic(iterations: int) -> Iterator[Dict[str, Any]]:
 
 def test_a_long_ledger_is_folded_without_being_held(path: str) -> None:
     """The times and the peak for 100,000 iterations: tests/bench/ledger.py."""
-    Path(path).write_bytes(chained(list(synthetic(3000))))
+    Path(path).write_bytes(chained(synthetic(3000)))
     state = State()
     tracemalloc.start()
     try:

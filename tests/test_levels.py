@@ -23,11 +23,11 @@ import stat
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 import pytest
 
@@ -38,135 +38,152 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="isolation is Li
 LEVELS = ("portable", "landlock", "namespaces")
 USERS = ("root", "ordinary")
 KEPT = "keep metric.better"
-PREVENTED, DETECTED, NOT, AS_ROOT, REFUSES = (
-    "prevented", "detected", "not stopped", "not stopped as root", "refused")
 
 
 class Threat(NamedTuple):
-    """An act, what becomes of it at each level, and how that shows.
-
-    `proof`: `answer` (the act's own: nothing shows outside), `file:PATH` (changed), `heard:WORD` (by
-    the neighbour), `sees:WORD` (by the metric), `run` (whether the run goes on unharmed). `fact`:
-    the witness that answers for it.
+    """An act, what becomes of it at each level, how that shows, and the witness that answers for it.
     """
 
-    says: str
     act: str
     portable: str
     landlock: str
     namespaces: str
     proof: str
-    fact: str = ""
-    turns: str = "agent metric"
+    says: str
+    fact: str
+    turns: str
 
 
-TURNS: List[List[Threat]] = [
-    [Threat("kills the loop", "d33_reach_the_loop.kill", NOT, PREVENTED, PREVENTED, "run", "loop_protected"),
-     Threat("stops the loop", "d33_reach_the_loop.stop", NOT, PREVENTED, PREVENTED, "run", "loop_protected"),
-     Threat("takes the loop's right to write files", "d33_reach_the_loop.limit",
-            NOT, PREVENTED, PREVENTED, "run", "loop_protected"),
-     Threat("traces the loop", "d33_reach_the_loop.trace", AS_ROOT, PREVENTED, PREVENTED, "answer", "loop_protected"),
-     Threat("writes the loop's memory", "d33_reach_the_loop.memory",
-            AS_ROOT, PREVENTED, PREVENTED, "answer", "loop_protected"),
-     Threat("reads the loop's environment", "d33_reach_the_loop.environment",
-            AS_ROOT, PREVENTED, PREVENTED, "answer", "loop_protected"),
-     Threat("slows the loop down (nice)", "d33_reach_the_loop.slow",
-            NOT, PREVENTED, PREVENTED, "answer", "loop_protected"),
-     Threat("pins the loop to a processor", "d33_reach_the_loop.pin",
-            NOT, PREVENTED, PREVENTED, "answer", "loop_protected"),
-     Threat("signals the user's other processes", "d33_reach_the_loop.signal_neighbour",
-            NOT, PREVENTED, PREVENTED, "answer", "loop_protected"),
-     Threat("traces the user's other processes", "d33_reach_the_loop.trace_neighbour",
-            NOT, PREVENTED, PREVENTED, "answer", "loop_protected"),
-     Threat("has others die first when memory runs out", "d33_reach_the_loop.spare_oneself",
-            NOT, PREVENTED, PREVENTED, "answer")],
-    [Threat("writes to the user's work tree", "d34_write_outside.work_tree",
-            NOT, PREVENTED, PREVENTED, "file:project/README", "files_sealed"),
-     Threat("plants programs in the user's .git/config", "d34_write_outside.git_config",
-            NOT, PREVENTED, PREVENTED, "file:project/.git/config", "files_sealed"),
-     Threat("plants hooks in the user's .git", "d34_write_outside.git_hooks",
-            NOT, PREVENTED, PREVENTED, "file:project/.git/hooks", "files_sealed"),
-     Threat("edits loop.ini", "d34_write_outside.settings",
-            DETECTED, PREVENTED, PREVENTED, "file:project/loop.ini", "files_sealed"),
-     Threat("writes to the state folder", "d34_write_outside.state_folder",
-            NOT, PREVENTED, PREVENTED, "file:project/.scalarloop/t/planted", "files_sealed"),
-     Threat("appends to the ledger", "d34_write_outside.ledger_append",
-            DETECTED, PREVENTED, PREVENTED, "run", "files_sealed"),
-     Threat("rewrites a line of the ledger", "d34_write_outside.ledger_rewrite",
-            DETECTED, PREVENTED, PREVENTED, "run", "files_sealed"),
-     Threat("damages the loop's private store", "d34_write_outside.store",
-            DETECTED, PREVENTED, PREVENTED, "file:project/.scalarloop/t/store.git/planted", "files_sealed"),
-     Threat("edits scalarloop.py", "d34_write_outside.tool",
-            NOT, PREVENTED, PREVENTED, "file:tool/scalarloop.py", "files_sealed"),
-     Threat("plants dotfiles in HOME", "d34_write_outside.dotfiles",
-            NOT, PREVENTED, PREVENTED, "file:home/.bashrc", "files_sealed"),
-     Threat("plants git settings in HOME for the metric's git", "d34_write_outside.dotfiles",
-            NOT, PREVENTED, PREVENTED, "sees:git settings", "files_sealed"),
-     Threat("plants Python code in HOME for the metric's Python", "d34_write_outside.user_site",
-            PREVENTED, PREVENTED, PREVENTED, "sees:user site"),
-     Threat("plants a program in the workspace for the metric's PATH", "d34_write_outside.path_shim",
-            PREVENTED, PREVENTED, PREVENTED, "sees:shim", turns="agent"),
-     Threat("plants settings for the loop's own git calls", "d34_write_outside.loops_own_scratch",
-            NOT, PREVENTED, PREVENTED, "answer", "files_sealed"),
-     Threat("leaves notes for later runs in /tmp", "d34_write_outside.note_in_tmp",
-            NOT, PREVENTED, PREVENTED, "file:/tmp", "files_sealed"),
-     Threat("leaves notes for later runs in /dev/shm", "d34_write_outside.note_in_memory",
-            NOT, NOT, PREVENTED, "file:/dev/shm"),
-     Threat("changes modes of the user's files", "d34_write_outside.modes",
-            NOT, NOT, PREVENTED, "file:project/data/mode.txt", "modes_sealed"),
-     Threat("changes times of the user's files", "d34_write_outside.times",
-            NOT, NOT, PREVENTED, "file:project/data/time.txt", "modes_sealed")],
-    [Threat("rewrites a cleanroom before it is used", "d34_write_outside.cleanroom",
-            PREVENTED, PREVENTED, PREVENTED, "run", "", "agent")],
-    [Threat("reads the state folder", "b22_read_secrets.state_folder",
-            NOT, PREVENTED, PREVENTED, "answer", "secrets_hidden"),
-     Threat("reads the ledger's key", "b22_read_secrets.key", NOT, PREVENTED, PREVENTED, "answer", "secrets_hidden"),
-     Threat("reads the holdout's files in HOME", "b22_read_secrets.holdout_at_home",
-            NOT, PREVENTED, PREVENTED, "answer", "secrets_hidden"),
-     Threat("reads the holdout's files in the user's work tree", "b22_read_secrets.holdout_in_project",
-            NOT, PREVENTED, PREVENTED, "answer", "secrets_hidden"),
-     Threat("reads the holdout's files from the user's .git", "b22_read_secrets.holdout_in_git",
-            NOT, PREVENTED, PREVENTED, "answer", "secrets_hidden"),
-     Threat("reads the holdout's files from the workspace's .git", "b22_read_secrets.own_folder_s_git",
-            PREVENTED, PREVENTED, PREVENTED, "answer", turns="agent")],
-    [Threat("has a server on a unix socket run a command", "d35_call_outside.path_socket",
-            NOT, NOT, PREVENTED, "heard:path", "sockets_off"),
-     Threat("has a server on an abstract socket run a command", "d35_call_outside.abstract_socket",
-            NOT, PREVENTED, PREVENTED, "heard:abstract", "sockets_off"),
-     Threat("sends data over TCP where network = deny", "d35_call_outside.tcp",
-            REFUSES, PREVENTED, PREVENTED, "heard:metric-tcp", "network_off", "metric"),
-     Threat("sends data over UDP where network = deny", "d35_call_outside.udp",
-            REFUSES, PREVENTED, PREVENTED, "heard:metric-udp", "network_off", "metric"),
-     Threat("writes to the user's terminal", "d35_call_outside.terminal",
-            NOT, PREVENTED, PREVENTED, "heard:terminal", "files_sealed")],
-    [Threat("leaves a fork bomb running", "h50_exhaust.fork_bomb",
-            PREVENTED, PREVENTED, PREVENTED, "run", "daemons_killed"),
-     Threat("uses up memory while its turn lasts", "h50_exhaust.memory", NOT, NOT, NOT, "answer"),
-     Threat("uses up the disk while its turn lasts", "h50_exhaust.disk", NOT, NOT, NOT, "answer"),
-     Threat("floods the log", "h50_exhaust.log", PREVENTED, PREVENTED, PREVENTED, "run", turns="agent"),
-     Threat("floods the log line by line", "h50_exhaust.log_lines",
-            PREVENTED, PREVENTED, PREVENTED, "run"),
-     Threat("holds its output open after its end", "h51_hold_on.hold_output",
-            PREVENTED, PREVENTED, PREVENTED, "run", "daemons_killed"),
-     Threat("leaves folders that can't be deleted", "h51_hold_on.locked_folders",
-            PREVENTED, PREVENTED, PREVENTED, "run")],
-    [Threat("leaves a daemon that rewrites cleanrooms", "d32_rewrite_rooms.in_turn",
-            PREVENTED, PREVENTED, PREVENTED, "run", "daemons_killed", "agent"),
-     Threat("leaves a daemon behind in the metric's run", "d32_rewrite_rooms.in_metric",
-            PREVENTED, PREVENTED, PREVENTED, "run", "daemons_killed", "metric")],
-]
-HANGS = [Threat("hangs and ignores SIGTERM", "h51_hold_on.hang", DETECTED, DETECTED, DETECTED, "run")]
-ALL = [threat for turn in [*TURNS, HANGS] for threat in turn]
+OUTCOMES = {"P": "prevented", "D": "detected", "N": "not stopped", "R": "not stopped as root",
+            "X": "refused"}
+
+
+def read_table(text: str) -> List[List[Threat]]:
+    """Return the turns of a table: `turn`, `of FILE FACT TURNS`, or `ACT OUTCOMES PROOF SAYS`.
+
+    Outcomes stand for the three levels in order. Proof: `answer` (the act's own: nothing shows
+    outside), `file:PATH` (changed), `heard:WORD` (by the neighbour), `sees:WORD` (by the metric),
+    `run` (whether the run goes on unharmed).
+    """
+    turns: List[List[Threat]] = []
+    for line in text.strip().splitlines():
+        words = line.split(None, 3)
+        if words == ["turn"]:
+            turns.append([])
+        elif words[0] == "of":
+            file, fact, who = words[1:]
+        else:
+            levels = [OUTCOMES[letter] for letter in words[1]]
+            turns[-1].append(Threat(f"{file}.{words[0]}", *levels, *words[2:], fact.strip("-"), who))
+    return turns
+
+
+TURNS = read_table("""
+    turn
+    of d33_reach_the_loop loop_protected both
+    kill                NPP run         kills the loop
+    stop                NPP run         stops the loop
+    limit               NPP run         takes the loop's right to write files
+    trace               RPP answer      traces the loop
+    memory              RPP answer      writes the loop's memory
+    environment         RPP answer      reads the loop's environment
+    slow                NPP answer      slows the loop down (nice)
+    pin                 NPP answer      pins the loop to a processor
+    signal_neighbour    NPP answer      signals the user's other processes
+    trace_neighbour     NPP answer      traces the user's other processes
+    of d33_reach_the_loop - both
+    spare_oneself       NPP answer      has the loop die first when memory runs out
+    turn
+    of d34_write_outside files_sealed both
+    work_tree           NPP file:project/README         writes to the user's work tree
+    git_config          NPP file:project/.git/config    plants programs in the user's .git/config
+    git_hooks           NPP file:project/.git/hooks     plants hooks in the user's .git
+    settings            DPP file:project/loop.ini       edits loop.ini
+    state_folder        NPP file:project/.scalarloop/t/planted  writes to the state folder
+    ledger_append       DPP run                         appends to the ledger
+    ledger_rewrite      DPP run                         rewrites a line of the ledger
+    store               DPP file:project/.scalarloop/t/store.git/planted  damages the private store
+    tool                NPP file:tool/scalarloop.py     edits scalarloop.py
+    dotfiles            NPP file:home/.bashrc           plants dotfiles in HOME
+    dotfiles            NPP sees:git-settings           plants settings in HOME for the metric's git
+    loops_own_scratch   NPP answer                      plants settings for the loop's own git calls
+    note_in_tmp         NPP file:/tmp                   leaves notes for later runs in /tmp
+    of d34_write_outside modes_sealed both
+    modes               NNP file:project/data/mode.txt  changes modes of the user's files
+    times               NNP file:project/data/time.txt  changes times of the user's files
+    of d34_write_outside - both
+    note_in_memory      NNP file:/dev/shm               leaves notes for later runs in /dev/shm
+    user_site           PPP sees:user-site              plants code in HOME for the metric's Python
+    of d34_write_outside - agent
+    path_shim           PPP sees:shim                   plants a program for the metric's PATH
+    cleanroom           PPP run                         rewrites a cleanroom before it is used
+    turn
+    of b22_read_secrets secrets_hidden both
+    state_folder        NPP answer      reads the state folder
+    key                 NPP answer      reads the ledger's key
+    holdout_at_home     NPP answer      reads the holdout's files in HOME
+    holdout_in_project  NPP answer      reads the holdout's files in the user's work tree
+    holdout_in_git      NPP answer      reads the holdout's files from the user's .git
+    of b22_read_secrets - agent
+    own_folder_s_git    PPP answer      reads the holdout's files from the workspace's .git
+    turn
+    of d35_call_outside sockets_off both
+    path_socket         NNP heard:path      has a server on a unix socket run a command
+    abstract_socket     NPP heard:abstract  has a server on an abstract socket run a command
+    of d35_call_outside network_off metric
+    tcp                 XPP heard:metric-tcp  sends data over TCP where network = deny
+    udp                 XPP heard:metric-udp  sends data over UDP where network = deny
+    of d35_call_outside files_sealed both
+    terminal            NPP heard:terminal  writes to the user's terminal
+    turn
+    of h50_exhaust daemons_killed both
+    fork_bomb           PPP run         leaves a fork bomb running
+    of h50_exhaust - both
+    memory              NNN answer      uses up memory while its turn lasts
+    disk                NNN answer      uses up the disk while its turn lasts
+    log_lines           PPP run         floods the log line by line
+    of h50_exhaust - agent
+    log                 PPP run         floods the log with one line
+    of h51_hold_on daemons_killed both
+    hold_output         PPP run         holds its output open after its end
+    turn
+    of h51_hold_on - both
+    locked_folders      PPP run         leaves folders that can't be deleted
+    turn
+    of d32_rewrite_rooms daemons_killed agent
+    in_turn             PPP run         leaves a daemon that rewrites cleanrooms
+    of d32_rewrite_rooms daemons_killed metric
+    in_metric           PPP run         leaves a daemon behind in the metric's run
+""")
+HANGS = read_table("""
+    turn
+    of h51_hold_on - agent
+    hang                DDD run         hangs and ignores SIGTERM
+    turn
+    of h51_hold_on - metric
+    hang                DDD run         hangs and ignores SIGTERM in the metric's run
+""")
+ENVIRONMENT = read_table("""
+    turn
+    of environment - both
+    python              PPP sees:PYTHONPATH     has PYTHONPATH set where the loop starts
+    preload             PPP sees:LD_PRELOAD     has LD_PRELOAD set where the loop starts
+    bash                PPP sees:BASH_ENV       has BASH_ENV set where the loop starts
+    node                PPP sees:NODE_OPTIONS   has NODE_OPTIONS set where the loop starts
+    git                 PPP sees:GIT_CONFIG     has GIT_* set where the loop starts
+    path                PPP sees:PATH           has a relative PATH where the loop starts
+""")
 THREATS: Dict[str, Dict[str, str]] = {
-    threat.says: {level: getattr(threat, level) for level in LEVELS} for threat in ALL}
+    threat.says: {level: getattr(threat, level) for level in LEVELS}
+    for turn in [*TURNS, *HANGS, *ENVIRONMENT] for threat in turn}
 
 METRIC = """
     import os, pathlib, shutil, subprocess, sys
     os.makedirs("build", exist_ok=True)
     pathlib.Path("build/out").write_text("x")
     git = subprocess.run(["git", "config", "--get", "test.planted"], stdout=subprocess.PIPE)
-    for word, seen in (("user site", hasattr(sys, "planted")), ("shim", shutil.which("sl-shim")),
-                       ("git settings", git.stdout)):
+    for word, seen in (("user-site", hasattr(sys, "planted")), ("shim", shutil.which("sl-shim")),
+                       ("git-settings", git.stdout)):
         if seen:
             print("SEES", word)
     sys.stdout.flush()
@@ -249,7 +266,8 @@ class Yard(Project):
         for path, text in (("src/value.txt", "1000\n"), ("src/prog.py", "pass\n"), ("README", "x\n"),
                            ("metric.py", METRIC), ("holdout.py", HOLDOUT), ("data/mode.txt", "x\n"),
                            ("data/time.txt", "x\n"), ("data/labels.txt", "the hidden answer\n"),
-                           (".gitignore", "__pycache__/\nbuild/\nloop.ini\n")):
+                           (".gitignore", "__pycache__/\nbuild/\nloop.ini\n"),
+                           *self.config.pop("source", {}).items()):
             self.write(path, text)
         (self.home / "labels.txt").write_text("the hidden answer\n")
         (self.base / "key").write_text("0123456789abcdef0123456789abcdef")
@@ -374,31 +392,49 @@ class Yard(Project):
 
 # ---- sieges
 
-ALONE = {   # at portable these disturb the rest of a run: (exit codes of the run, of what follows)
-    "d33_reach_the_loop.kill": (-9, 0), "d33_reach_the_loop.limit": (1, 0),
-    "d34_write_outside.settings": (0, 2), "d34_write_outside.ledger_append": (4, 4),
-    "d34_write_outside.ledger_rewrite": (0, 4), "d34_write_outside.store": (1, 1)}
+Plan = Dict[str, List[str]]
+HONEST: Plan = {"agent": ["d32_rewrite_rooms.look_for_survivors"], "metric": []}
+ALONE = {   # at portable these break the run: how it, the next start and `verify` end
+    "d33_reach_the_loop.kill": (-9, 0, 0), "d33_reach_the_loop.limit": (1, 0, 0),
+    "d34_write_outside.settings": (0, 2, 0), "d34_write_outside.ledger_append": (4, 4, 4),
+    "d34_write_outside.ledger_rewrite": (0, 4, 4), "d34_write_outside.store": (1, 1, 1)}
+CHANGED = {     # what the acts that are not stopped may change, and nothing else
+    "portable": ("project/README", "project/.git/config", "project/.git/hooks", "project/data/mode.txt",
+                 "project/data/time.txt", "project/.scalarloop/t/planted", "tool/scalarloop.py", "/tmp",
+                 "home/.bashrc", "home/.gitconfig", "home/.local", "/dev/shm"),
+    "landlock": ("project/data/mode.txt", "project/data/time.txt", "/dev/shm"), "namespaces": ()}
+
+
+def plan_of(turn: List[Threat]) -> Plan:
+    """Return who plays which act, each once."""
+    return {who: list(dict.fromkeys(threat.act for threat in turn if threat.turns in (who, "both")))
+            for who in ("agent", "metric")}
 
 
 class Siege:
-    """One run of the loop under attack, and everything that was seen of it."""
+    """A run of the loop under attack, or several, and everything that was seen of it."""
 
-    def __init__(self, user: str, level: str, turns: List[List[Threat]], **config: str):
-        self.level, self.threats = level, [threat for turn in turns for threat in turn]
+    def __init__(self, user: str, level: str, turns: List[List[Threat]],
+                 changes: Optional[Dict[str, Dict[str, Any]]] = None, **run: Any):
+        self.level, self.turns = level, [turn for turn in turns if turn]
         self.yard = yard = Yard(user, level)
-        self.config = config
-        if level == "portable":
-            yard.config["metric"]["network"] = "allow"
-        yard.config["agent"].update(config)
+        YARDS.append(yard)
+        yard.config["metric"]["network"] = "allow" if level == "portable" else "deny"
         yard.config["holdout"] = {"command": f"{yard.python} holdout.py",
                                   "files": "data/labels.txt ~/labels.txt"}
-        self.plan = [{who: list(dict.fromkeys(threat.act for threat in turn if who in threat.turns))
-                      for who in ("agent", "metric")} for turn in turns]
-        yard.plan(*self.plan, HONEST)
+        for section, keys in (changes or {}).items():
+            yard.config.setdefault(section, {}).update(keys)
+        yard.plan(*map(plan_of, self.turns), HONEST)
         yard.lay_out()
         yard.start_neighbour()
         self.before = yard.snapshot()
-        self.result = yard.run()
+        self.results = [yard.run(**run)]
+        self.look()
+
+    def again(self, *plans: Plan) -> None:
+        """Start once more, with another plan for the same turns."""
+        self.yard.plan(*plans)
+        self.results.append(self.yard.run())
         self.look()
 
     def look(self) -> None:
@@ -409,19 +445,19 @@ class Siege:
         self.changed = {name for name in {*self.before, *after} if self.before.get(name) != after.get(name)}
         self.heard = yard.heard.read_text().split()
         self.code_ran = (yard.base / "run" / "evil-ran").exists()
-        self.records = yard.iterations() if (yard.state / "ledger.jsonl").exists() else []
-        self.logs = self.read_logs()
+        self.ledger = yard.ledger() if (yard.state / "ledger.jsonl").exists() else []
+        self.records = [record for record in self.ledger if record["type"] == "iteration"]
+        folder = yard.state / "iterations"
+        self.logs = {str(path.relative_to(folder)): path.read_text(errors="replace")
+                     for path in sorted(folder.glob("*/*.log"))}
         self.answers: Dict[str, Set[str]] = {}
         for line in "\n".join(self.logs.values()).splitlines():
             if line.startswith("ACT "):
-                _, turn, act, answer = line.split(" ", 3)
-                self.answers.setdefault(act, set()).add(answer)
+                self.answers.setdefault(line.split(" ")[2], set()).add(line.split(" ", 3)[3])
 
-    def read_logs(self) -> Dict[str, str]:
-        """Return the text of every log of the run."""
-        folder = self.yard.state / "iterations"
-        return {str(path.relative_to(folder)): path.read_text(errors="replace")
-                for path in sorted(folder.glob("*/*.log"))}
+    def fact(self, name: str) -> str:
+        """Return whether the gate's witness saw a protection hold."""
+        return self.ledger[0]["isolation"]["facts"][name]["held"]
 
     def came_through(self, threat: Threat) -> bool:
         """Tell from outside whether an act reached what it was after."""
@@ -436,14 +472,270 @@ class Siege:
             return "ok" in self.answers.get(threat.act, ())
         if threat.act.endswith(".stop"):
             return self.yard.stopped
-        return self.result.code != 0
+        at = next(n for n, turn in enumerate(self.turns) if threat in turn)
+        record = self.records[at] if at < len(self.records) else None
+        dropped = "hang" in threat.act and threat.turns == "metric"
+        expected = "timeout metric.timeout" if dropped else KEPT
+        return self.codes() != [0] or not record or f"{record['verdict']} {record['reason']}" != expected
 
+    def codes(self) -> List[int]:
+        """Return how each start ended."""
+        return [result.code for result in self.results]
 
-HONEST: Dict[str, List[str]] = {"agent": [], "metric": []}
+    def outcome(self, threat: Threat) -> str:
+        """Return what became of an act."""
+        if self.codes() == [2]:
+            return "refused"
+        if not self.came_through(threat):
+            return "prevented"
+        said = {2, 4} & set(self.codes()) or any(row["verdict"] == "void" for row in self.records)
+        return "detected" if said else "not stopped"
 
 
 def besiege(user: str, level: str) -> Siege:
     """Play every act that leaves the rest of a run undisturbed at this level."""
-    turns = [[threat for threat in turn if level != "portable" or threat.act not in ALONE]
-             for turn in TURNS]
-    return Siege(user, level, turns)
+    return Siege(user, level, [[threat for threat in turn if stage_of(threat, level) == "siege"]
+                               for turn in TURNS])
+
+
+def act_alone(user: str, level: str, act: str) -> Siege:
+    """Play one act that breaks the run, by the agent and (where it can) by the metric; start again."""
+    threat = next(threat for turn in TURNS for threat in turn if threat.act == act)
+    siege = Siege(user, level, [[threat._replace(turns="agent")]])
+    if ALONE[act][1] == 0:
+        siege.again({"agent": [], "metric": [act]}, HONEST)
+    siege.again({"agent": [], "metric": []}, HONEST)
+    siege.results.append(siege.yard.run("verify"))
+    return siege
+
+
+def deny(user: str, level: str) -> Siege:
+    """Ask for a metric without network, whether the level has that or not."""
+    return Siege(user, level, [], {"metric": {"network": "deny"}})
+
+
+def hang(user: str, level: str) -> Siege:
+    """Outlast the time limits, with SIGTERM ignored."""
+    return Siege(user, level, HANGS, {"agent": {"timeout": "2s"}, "metric": {"timeout": "2s"}})
+
+
+YARDS: List[Yard] = []
+SHOWS: Dict[Tuple[str, str, str], "Future[Siege]"] = {}
+POOL = ThreadPoolExecutor(max(2, os.cpu_count() or 2))
+
+
+def stage_of(threat: Threat, level: str) -> str:
+    """Return the run that plays an act at a level."""
+    if any(threat in turn for turn in HANGS):
+        return "hang"
+    if any(threat in turn for turn in ENVIRONMENT):
+        return "environment"
+    if level == "portable" and threat.act in ALONE:
+        return threat.act
+    return "deny" if getattr(threat, level) == "refused" else "siege"
+
+
+def begin(stage: str, user: str, level: str) -> None:
+    """Have a run played by a thread of its own, unless it is already."""
+    if (stage, user, level) not in SHOWS:
+        job = {"siege": besiege, "deny": deny, "hang": hang, "environment": poison, "honest": work}
+        SHOWS[stage, user, level] = POOL.submit(job[stage], user, level) if stage in job \
+            else POOL.submit(act_alone, user, level, stage)
+
+
+def watch(stage: str, user: str, level: str) -> Siege:
+    """Return a run as it ended; skip loudly what can't be had here."""
+    if user == "root" and os.geteuid() != 0:
+        pytest.skip("NOT ROOT: runs of root UNTESTED")
+    begin(stage, user, level)
+    siege = SHOWS[stage, user, level].result()
+    if siege.codes() == [2] and "can't be had on this machine" in siege.results[0].err:
+        pytest.skip(f"NO {level} HERE: UNTESTED ({siege.results[0].err.strip()})")
+    return siege
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_at_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Begin every run that the selected tests need, and remove their yards at the end."""
+    for item in request.session.items:
+        given = getattr(getattr(item, "callspec", None), "params", {})
+        if item.fspath == request.fspath and {"level", "user"} <= set(given) \
+                and (given["user"] != "root" or os.geteuid() == 0):
+            stage = stage_of(given["threat"], given["level"]) if "threat" in given else given.get("stage")
+            if stage:
+                begin(stage, given["user"], given["level"])
+    yield
+    POOL.shutdown()
+    for yard in YARDS:
+        yard.clear()
+
+
+every_level = pytest.mark.parametrize("level", LEVELS)
+both_users = pytest.mark.parametrize("user", USERS)
+
+
+@both_users
+@every_level
+@pytest.mark.parametrize("threat", [pytest.param(threat, id=threat.says.replace(" ", "_"))
+                                    for turn in [*TURNS, *HANGS, *ENVIRONMENT] for threat in turn])
+def test_threat(threat: Threat, level: str, user: str) -> None:
+    siege = watch(stage_of(threat, level), user, level)
+    expected = getattr(threat, level)
+    if expected.endswith("as root"):
+        expected = "not stopped" if user == "root" else "prevented"
+    seen = siege.answers.get(threat.act, set())
+    if expected == "prevented" and threat.fact and level != "portable" and siege.fact(threat.fact) == "no" \
+            and siege.outcome(threat) == "not stopped" and level == "landlock":
+        pytest.skip(f"AN OLD KERNEL: {threat.fact} is not in force, and the gate says so")
+    assert siege.outcome(threat) == expected, (seen, siege.codes(), siege.results)
+    assert not any(answer.startswith("broken") for answer in seen), seen
+    if expected == "prevented" and threat.proof == "answer":
+        assert seen and seen <= REFUSED | {"ENOENT"}, seen
+    if threat.act in ALONE and level == "portable":
+        codes, (first, after, verified) = siege.codes(), ALONE[threat.act]
+        assert codes == [first] * (2 if after == 0 else 1) + [after, verified], siege.results
+
+
+@both_users
+@every_level
+@pytest.mark.parametrize("stage", ["siege", "hang", "environment", "honest"])
+def test_the_run_goes_on_and_nothing_is_left(stage: str, level: str, user: str) -> None:
+    siege = watch(stage, user, level)
+    yard, kept = siege.yard, [row for row in siege.records if row["commit"]]
+    assert siege.codes() == [0], siege.results
+    assert len(siege.records) == len(siege.turns) + 1
+    assert siege.records[-1]["verdict"] == "keep" and siege.records[-1]["value"] == 1000 - len(kept)
+    for row in kept:
+        assert row["value"] == int(yard.git("show", f"{row['commit']}:src/value.txt"))
+    branch = yard.git("log", "--reverse", "--format=%H", "main..scalarloop/t").split()
+    assert branch == [row["commit"] for row in kept]
+    assert yard.git("diff", "--name-only", "main", "scalarloop/t", "--", ":!src") == ""
+    strange = {name for name in siege.changed if not name.startswith(CHANGED[level] or ("\0",))}
+    assert strange == set() and (stage == "siege" or not siege.changed)
+    assert siege.left_in_tmp == [] and siege.left_running == []
+    assert siege.answers["d32_rewrite_rooms.look_for_survivors"] == {"ok"}
+    assert not siege.code_ran
+    assert yard.hwm < 64 << 10, "kB of memory at the loop's peak"
+    assert all(len(text) < 3 << 20 for text in siege.logs.values())
+    verified = yard.run("verify")
+    assert verified.code == 0, verified
+
+
+# ---- the environment of whoever starts the loop
+
+NAMES = {"PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "TZ", "TERM", "TMPDIR", "XDG_CACHE_HOME",
+         "PYTHONDONTWRITEBYTECODE", "PYTHONNOUSERSITE", "SCALARLOOP_SEED", "SCALARLOOP_TEST_YARD", "PWD",
+         "LC_ALL", "LC_CTYPE", "_", "SHLVL", "OLDPWD"}
+SHOWING_METRIC = """
+    import json, os, pathlib, subprocess, sys
+    print("NAMES", json.dumps(sorted(os.environ)), flush=True)
+    for argv in (["bash", "-c", ":"], ["node", "-e", "0"], ["git", "config", "--get", "test.planted"],
+                 ["git", "rev-parse", "--absolute-git-dir"], [sys.executable, "src/prog.py"]):
+        try:
+            done = subprocess.run(argv, stdout=subprocess.PIPE)
+        except FileNotFoundError:
+            continue
+        text = done.stdout.decode().strip()
+        if "planted" in argv[-1] and text or "git-dir" in argv[-1] and not text.startswith(os.getcwd()):
+            print("SEES GIT_CONFIG")
+        print(text, flush=True)
+    if not all(map(os.path.isabs, os.environ["PATH"].split(":"))):
+        print("SEES PATH")
+    print("METRIC value=%s" % pathlib.Path("src/value.txt").read_text().strip())
+"""
+PRELOAD = """
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+__attribute__((constructor)) static void seen(void) {
+    char folder[4096];
+    if (getcwd(folder, sizeof folder) && strstr(folder, "/room-")) { puts("SEES LD_PRELOAD"); fflush(stdout); }
+}
+"""
+
+
+def poison(user: str, level: str) -> Siege:
+    """Start the loop in an environment that makes every Python, shell, node and git run something.
+
+    What it makes them run speaks only inside a cleanroom: the loop's own Python runs it too.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="sl-poison-", dir="/tmp"))
+    folder.chmod(0o755)
+    (folder / "sitecustomize.py").write_text("import os\n'/room-' in os.getcwd() and print('SEES PYTHONPATH')\n")
+    (folder / "bash").write_text("case $PWD in */room-*) echo SEES BASH_ENV;; esac\n")
+    (folder / "node.js").write_text("if (process.cwd().includes('/room-')) console.log('SEES NODE_OPTIONS')\n")
+    (folder / "preload.c").write_text(PRELOAD)
+    env = {"PYTHONPATH": str(folder), "BASH_ENV": str(folder / "bash"), "ENV": str(folder / "bash"),
+           "NODE_OPTIONS": f"--require {folder}/node.js", "GIT_CONFIG_COUNT": "1", "GIT_DIR": str(folder),
+           "GIT_CONFIG_KEY_0": "test.planted", "GIT_CONFIG_VALUE_0": "yes", "GIT_WORK_TREE": str(folder),
+           "GIT_INDEX_FILE": str(folder / "index"), "GIT_EXTERNAL_DIFF": "false"}
+    if shutil.which("gcc"):
+        subprocess.run(["gcc", "-shared", "-fPIC", "-o", folder / "preload.so", folder / "preload.c"], check=True)
+        env["LD_PRELOAD"] = str(folder / "preload.so")
+    try:
+        yard_path = os.pathsep.join([".", "src", "", "/usr/local/bin", "/usr/bin", "/bin"])
+        return Siege(user, level, [], {"metric": {"git": "yes"}, "source": {"metric.py": SHOWING_METRIC}},
+                     env={**env, "PATH": yard_path})
+    finally:
+        shutil.rmtree(folder)
+
+
+@both_users
+@every_level
+@pytest.mark.parametrize("stage", ["environment"])
+def test_the_metric_s_environment_is_an_allow_list(stage: str, level: str, user: str) -> None:
+    siege = watch(stage, user, level)
+    shown = [json.loads(line[6:]) for text in siege.logs.values() for line in text.splitlines()
+             if line.startswith("NAMES ")]
+    assert shown and all(set(names) <= NAMES for names in shown), shown
+
+
+# ---- honest twins
+
+HONEST_METRIC = """
+    import http.server, json, os, pathlib, py_compile, subprocess, threading, urllib.request
+    subprocess.run(["make", "-s"], check=True)
+    os.makedirs("dist", exist_ok=True)
+    pathlib.Path("dist/bundle.txt").write_text(pathlib.Path("src/value.txt").read_text())
+    assert "__pycache__" in py_compile.compile("holdout.py", doraise=True)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    text = opener.open("http://127.0.0.1:%d/dist/bundle.txt" % server.server_port, timeout=20).read()
+    server.shutdown()
+    print("METRIC value=%s" % subprocess.run(["./value", text], stdout=subprocess.PIPE).stdout.decode())
+"""
+MAKEFILE = """
+value: value.c
+\tgcc -o value value.c
+"""
+C = """
+    #include <stdio.h>
+    int main(int count, char **words) { (void) count; fputs(words[1], stdout); return 0; }
+"""
+TOOLS = "node npm pytest venv make sqlite git multiprocessing server devices".split()
+
+
+def work(user: str, level: str) -> Siege:
+    """Let honest agents use their tools, and a metric build, serve and leave files in its tree."""
+    network = "deny" if level == "namespaces" else "allow"      # a localhost of its own it has there
+    tools = [Threat(f"honest_tools.{name}", *[""] * 6, "agent") for name in TOOLS]
+    tools.append(Threat("d35_call_outside.tcp", *[""] * 6, "agent"))
+    return Siege(user, level, [tools], {
+        "metric": {"network": network},
+        "source": {"metric.py": HONEST_METRIC, "Makefile": MAKEFILE, "value.c": C,
+                   ".gitignore": "__pycache__/\nbuild/\ndist/\nvalue\nloop.ini\n"}})
+
+
+@both_users
+@every_level
+@pytest.mark.parametrize("stage", ["honest"])
+def test_honest_tools_work(stage: str, level: str, user: str) -> None:
+    siege = watch(stage, user, level)
+    broken = {act: seen for act, seen in siege.answers.items() if seen != {"ok"}}
+    absent = [act for act, seen in broken.items() if seen == {"ENOENT"}]
+    for act in absent:
+        broken.pop(act)
+        warnings.warn(f"{act} IS NOT INSTALLED for {user}: untested", stacklevel=1)
+    assert not broken
+    assert "agent-tcp" in siege.heard, "an agent needs the network"

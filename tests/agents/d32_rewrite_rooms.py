@@ -3,6 +3,8 @@ import os
 import time
 from pathlib import Path
 
+from siege import YARD
+
 LIFE = 10
 
 
@@ -37,3 +39,14 @@ def in_turn():
 
 def in_metric():
     daemon(own=True)
+
+
+def look_for_survivors():
+    """Honest: nobody of an earlier turn may be about, as far as one can see."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if os.fsencode(YARD / "agents") in words and folder.name != str(os.getpid()):
+            raise RuntimeError("still there: %r" % words)
