@@ -2491,6 +2491,14 @@ def quoted_path(path: bytes) -> bytes:
     return b'"' + quoted + b'"'
 
 
+def copy_objects(source: Repository, target: Repository, wanted: bytes, *options: str) -> None:
+    """Copy objects from one repository to another, by a pack whose every object is checked."""
+    with tempfile.TemporaryFile(dir=target.git_dir) as pack:
+        source.git("pack-objects", "--quiet", "--stdout", *options, sink=pack.write, stdin=wanted)
+        pack.seek(0)
+        target.git("index-pack", "--stdin", stdin=pack)
+
+
 def create_store(path: str, user: UserRepository) -> Store:
     """Make the store: a bare repository with the base commit, its tree, and no history."""
     os.makedirs(path, 0o700)
@@ -2499,11 +2507,7 @@ def create_store(path: str, user: UserRepository) -> Store:
     repo.git("init", "--quiet", "--bare", "--template=", *form)
     objects = [line.split(b" ")[0] for line in user.repo.git(
         "rev-list", "--objects", "--no-walk", user.head).splitlines()]
-    with tempfile.TemporaryFile(dir=path) as pack:
-        user.repo.git("pack-objects", "--quiet", "--stdout", sink=pack.write,
-                      stdin=b"\n".join(objects) + b"\n")
-        pack.seek(0)
-        repo.git("index-pack", "--stdin", stdin=pack)
+    copy_objects(user.repo, repo, b"\n".join(objects) + b"\n")
     if user.repo.line("rev-list", "--parents", "-n1", user.head).split()[1:]:
         write_file(os.path.join(path, "shallow"), user.head.encode() + b"\n")
     repo.git("update-ref", "refs/scalarloop/base", user.head)
@@ -3117,15 +3121,13 @@ class GitLayer:
         """Return the layer whose one commit holds `tree`."""
         if tree == self.tree:
             return self.layer
-        objects = os.path.join(self.repo.git_dir, "objects")
         if not self.tree:
             os.makedirs(self.folder)
             form = ["--object-format=sha256"] if len(tree) == 64 else []
             self.repo.git("init", "--quiet", "--template=", *form)
             write_file(os.path.join(self.repo.git_dir, "HEAD"), b"ref: refs/heads/workspace\n")
         wanted = f"{tree}\n" + (f"^{self.tree}\n" if self.tree else "")
-        self.store.repo.git("pack-objects", "--quiet", "--revs",
-                            os.path.join(objects, "pack", "pack"), stdin=wanted.encode())
+        copy_objects(self.store.repo, self.repo, wanted.encode(), "--revs")
         commit = Store(self.repo).commit(tree, "", "workspace\n", 0)
         os.makedirs(os.path.join(self.repo.git_dir, "refs", "heads"), exist_ok=True)
         write_file(os.path.join(self.repo.git_dir, "refs", "heads", "workspace"),
@@ -4181,6 +4183,40 @@ def cut_torn_line(path: str, torn: Sequence[bytes]) -> None:
 # What the loop knows is a fold over its ledger, live and on resume alike, so that a run which was
 # interrupted goes on exactly as one that was not.
 
+NUMBER, MISSING = (int, float), (type(None),)
+OBJECT_ID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+FIELD_KINDS: Dict[str, Tuple[type, ...]] = {
+    **dict.fromkeys(("n", "turn", "turns", "more", "dropped"), (int,)),
+    **dict.fromkeys(("base", "tip", "branch", "prefix", "name", "seal_root", "outside_root",
+                     "share_root", "tool_sha256", "verdict", "reason", "detail", "note", "evidence",
+                     "agent_exit"), (str,)),
+    **dict.fromkeys(("tree", "commit"), (str, *MISSING)),
+    **dict.fromkeys(("value", "best", "baseline", "holdout"), (*NUMBER, *MISSING)),
+    **dict.fromkeys(("elapsed", "alpha", "scale", "q", "gain"), NUMBER),
+    **dict.fromkeys(("files", "lfs", "limits", "agent", "agent_seconds", "metric_seconds",
+                     "failed_seconds"), (list,)),
+    **dict.fromkeys(("config", "guards", "outside", "isolation", "versions", "closing", "others"),
+                    (dict,))}
+ELEMENT_KINDS: Dict[str, Tuple[type, ...]] = {
+    "files": (str,), "lfs": (str,), "limits": (str,), "agent_seconds": NUMBER,
+    "metric_seconds": NUMBER, "failed_seconds": NUMBER}
+
+
+def check_kinds(record: Record) -> None:
+    """Raise TypeError when a field is not of its kind: whoever re-chains a ledger may write any."""
+    for name, value in record.items():
+        kinds = FIELD_KINDS.get(name, (object,))
+        if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds \
+                and object not in kinds:
+            raise TypeError(f"{name} is {value!r:.40}")
+        for element in value if name in ELEMENT_KINDS else ():
+            if not isinstance(element, ELEMENT_KINDS[name]):
+                raise TypeError(f"{name} holds {element!r:.40}")
+        if name in ("base", "tip", "tree", "commit") and value is not None \
+                and not OBJECT_ID.fullmatch(value):
+            raise ValueError(f"{name} is {value!r:.40}")
+
+
 def checked_config(table: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
     """Return a recorded config if it has every section and key that this program reads."""
     for section, schema in SECTIONS.items():
@@ -4225,6 +4261,7 @@ class State:
         elif record["type"] != "resume":
             self.moved_on = True
         try:
+            check_kinds(record)
             if handler:
                 handler(record)
             self.noise = advance_noise(self.noise, record)

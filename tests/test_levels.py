@@ -158,10 +158,10 @@ TURNS = read_table("""
 HANGS = read_table("""
     turn
     of h51_hold_on - agent
-    hang                DDD run         hangs and ignores SIGTERM
+    hang                PPP run         hangs and ignores SIGTERM
     turn
     of h51_hold_on - metric
-    hang                DDD run         hangs and ignores SIGTERM in the metric's run
+    hang                PPP run         hangs and ignores SIGTERM in the metric's run
 """)
 ENVIRONMENT = read_table("""
     turn
@@ -472,7 +472,8 @@ class Siege:
             return "ok" in self.answers.get(threat.act, ())
         if threat.act.endswith(".stop"):
             return self.yard.stopped
-        at = next(n for n, turn in enumerate(self.turns) if threat in turn)
+        at = next(n for n, turn in enumerate(self.turns) if threat.act in [row.act for row in turn]
+                  and threat.turns in ("both", turn[0].turns) or threat in turn)
         record = self.records[at] if at < len(self.records) else None
         dropped = "hang" in threat.act and threat.turns == "metric"
         expected = "timeout metric.timeout" if dropped else KEPT

@@ -42,7 +42,7 @@ def folder(name):
 
 
 def node():
-    run("node", "-e", "require('fs').writeFileSync('build/node.txt', 'x')")
+    run("node", "-e", "require('fs').mkdirSync('build'); require('fs').writeFileSync('build/node.txt', 'x')")
 
 
 def npm():
