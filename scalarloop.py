@@ -4183,7 +4183,7 @@ def cut_torn_line(path: str, torn: Sequence[bytes]) -> None:
 # What the loop knows is a fold over its ledger, live and on resume alike, so that a run which was
 # interrupted goes on exactly as one that was not.
 
-NUMBER, MISSING = (int, float), (type(None),)
+NUMERIC, MISSING = (int, float), (type(None),)
 OBJECT_ID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 FIELD_KINDS: Dict[str, Tuple[type, ...]] = {
     **dict.fromkeys(("n", "turn", "turns", "more", "dropped"), (int,)),
@@ -4191,15 +4191,15 @@ FIELD_KINDS: Dict[str, Tuple[type, ...]] = {
                      "share_root", "tool_sha256", "verdict", "reason", "detail", "note", "evidence",
                      "agent_exit"), (str,)),
     **dict.fromkeys(("tree", "commit"), (str, *MISSING)),
-    **dict.fromkeys(("value", "best", "baseline", "holdout"), (*NUMBER, *MISSING)),
-    **dict.fromkeys(("elapsed", "alpha", "scale", "q", "gain"), NUMBER),
+    **dict.fromkeys(("value", "best", "baseline", "holdout"), (*NUMERIC, *MISSING)),
+    **dict.fromkeys(("elapsed", "alpha", "scale", "q", "gain"), NUMERIC),
     **dict.fromkeys(("files", "lfs", "limits", "agent", "agent_seconds", "metric_seconds",
                      "failed_seconds"), (list,)),
     **dict.fromkeys(("config", "guards", "outside", "isolation", "versions", "closing", "others"),
                     (dict,))}
 ELEMENT_KINDS: Dict[str, Tuple[type, ...]] = {
-    "files": (str,), "lfs": (str,), "limits": (str,), "agent_seconds": NUMBER,
-    "metric_seconds": NUMBER, "failed_seconds": NUMBER}
+    "files": (str,), "lfs": (str,), "limits": (str,), "agent_seconds": NUMERIC,
+    "metric_seconds": NUMERIC, "failed_seconds": NUMERIC}
 
 
 def check_kinds(record: Record) -> None:

@@ -66,6 +66,8 @@ class Countdown:
         """Return `call` with the countdown around it."""
         def counted(*args: Any, **options: Any) -> Any:
             what = " ".join(map(str, args[:2]))[:200]
+            if kind == "fsync":
+                what = _path_of(args[0])
             if not concerns(*args, **options) or not self.is_due(kind, what):
                 return call(*args, **options)
             if self.mode != "kill":
@@ -81,7 +83,7 @@ class Countdown:
         if descriptor in self.cut:
             self.cut.discard(descriptor)
             raise self.error()
-        if not self.is_due("write", f"{len(data)} bytes"):
+        if not self.is_due("write", _path_of(descriptor)):
             return self.write(descriptor, data)
         if self.count > self.left or len(data) < 2 and self.mode != "kill":
             raise self.error()
@@ -128,7 +130,7 @@ class Countdown:
                 word = os.path.basename(str(argv[0]))
                 if word == "git" and countdown.is_due("git", " ".join(argv)[-300:]):
                     argv = ["/bin/sh", "-c", "echo out of memory >&2; kill -9 $$"]
-                due = countdown.is_due("spawn", word)
+                due = countdown.is_due("spawn", " ".join([word, *map(str, argv[-3:])]))
                 if due and countdown.mode != "kill":
                     raise countdown.error()
                 super().__init__(argv, *args, **options)
@@ -136,6 +138,13 @@ class Countdown:
                     os.kill(countdown.pid, signal.SIGKILL)
 
         return Popen
+
+
+def _path_of(descriptor: Any) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        return f"descriptor {descriptor}"
 
 
 def _opens_to_write(path: Any, mode: str = "r", *args: Any, **options: Any) -> bool:

@@ -323,6 +323,23 @@ def test_a_tampering_is_found_and_named(finished: Project, name: str, says: str,
     assert "Traceback" not in result.out + result.err
 
 
+@pytest.mark.parametrize("field", ["base", "tree", "commit"])
+def test_a_forged_object_name_is_not_taken_for_an_option(finished: Project, tmp_path: Path, field: str
+                                                         ) -> None:
+    written = tmp_path / "written"
+    for value in (f"--output={written}", "-h", "HEAD", "main", BRANCH, "a" * 39, "A" * 40):
+        records = records_of(finished)
+        for record in records:
+            if field in record and record[field]:
+                record[field] = value
+        finished.put_ledger(chained(records))
+        move_anchor(finished)
+        for command in ("verify", "status"):
+            result = finished.call(command)
+            assert result.code == 4, (value, result)
+    assert not written.exists()
+
+
 @pytest.mark.parametrize("act", [
     change_a_byte, drop_a_line, double_a_line, swap_two_lines, tear_the_last_line,
     put_an_older_copy_back, chain_anew_with_a_better_number, move_the_anchor_to_something_else,
