@@ -1157,10 +1157,16 @@ def private_folder(parent: Optional[str] = None, announce: Callable[[str], None]
 
     `announce` gets its path before it exists, so that no crash can leave an unknown one.
     """
-    path = os.path.join(os.path.realpath(parent or tempfile.gettempdir()),
-                        f"scalarloop-{os.urandom(8).hex()}")
-    announce(path)
-    os.mkdir(path, 0o700)
+    root = os.path.realpath(parent or tempfile.gettempdir())
+    prefix = "t-" if "/scalarloop-" in root else "scalarloop-"      # short: sockets go in there
+    while True:
+        path = os.path.join(root, prefix + os.urandom(3).hex())
+        if os.path.lexists(path):
+            continue
+        announce(path)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+            break
     try:
         yield path
     finally:
@@ -2736,10 +2742,12 @@ def entry_of(path: bytes, status: os.stat_result) -> Entry:
     return Entry(EXECUTABLE if status.st_mode & 0o100 else PLAIN, "", digest, size)
 
 
-def scan(root: bytes, below: bytes = b"") -> Iterator[Tuple[bytes, os.stat_result]]:
+def scan(root: bytes, below: bytes = b"", locked: Optional[List[bytes]] = None
+         ) -> Iterator[Tuple[bytes, os.stat_result]]:
     """Walk a tree without following links: (path below root, lstat), a folder before its content.
 
-    Raises CensusError when something can't be listed.
+    Folders that may not be listed are added to `locked`; without it, and for any other fault, it
+    raises CensusError.
     """
     pending = [below]
     while pending:
@@ -2750,7 +2758,10 @@ def scan(root: bytes, below: bytes = b"") -> Iterator[Tuple[bytes, os.stat_resul
                 rows = [(prefix + entry.name, entry.stat(follow_symlinks=False))
                         for entry in entries]
         except PermissionError:
-            raise CensusError(Reason.UNREADABLE, folder) from None
+            if locked is None or not folder:
+                raise CensusError(Reason.UNREADABLE, folder) from None
+            locked.append(folder)
+            continue
         except OSError:
             raise CensusError(Reason.CENSUS_FAILED, folder) from None
         for path, status in rows:
@@ -2804,7 +2815,8 @@ class Change(NamedTuple):
     """One difference between a tree on disk and what was written there.
 
     `kind` is created, modified, touched (same bytes, another stat signature), deleted, retyped,
-    mode, set_id, hard_link, or for a folder: folder_created, folder_touched, folder_deleted.
+    mode, set_id, hard_link, or for a folder: folder_created, folder_touched, folder_deleted,
+    folder_locked (a new one that may not be listed).
     """
 
     kind: str
@@ -3053,7 +3065,8 @@ class Tree:
             raise CensusError(Reason.CENSUS_FAILED)
         if stamp_of(root) != self.folders.get(b""):
             changes.append(Change("folder_touched", b"", root))
-        for path, status in scan(self.root):
+        locked: List[bytes] = []
+        for path, status in scan(self.root, locked=locked):
             known = self.expected.get(path)
             folder = stat.S_ISDIR(status.st_mode)
             same = known is not None and stamp_of(status) == self.stamps.get(path)
@@ -3073,6 +3086,10 @@ class Tree:
                 changes.append(Change("folder_created" if folder else "created", path, status))
                 if created > cap:
                     raise CensusError(Reason.TOO_MANY, path)
+        for path in locked:
+            if path in self.folders:
+                raise CensusError(Reason.UNREADABLE, path)
+            changes.append(Change("folder_locked", path, None))
         if len(seen) < len(self.expected) + len(self.folders) - 1:
             changes += self._missing(seen)
         self.found, self.dirty = changes, False
@@ -3191,8 +3208,12 @@ def take_census(tree: Tree, rules: CensusRules) -> Proposal:
 def _take_census(tree: Tree, rules: CensusRules) -> Proposal:
     changes = [change for change in tree.inspect() if not _is_private(change.path, rules.private)]
     created = [change.path for change in changes if change.kind == "created"]
-    dropped = rules.ignored(created)
+    locked = [change.path for change in changes if change.kind == "folder_locked"]
+    dropped = rules.ignored(created + [path + b"/" for path in locked])
     dropped |= {path for path in created if rules.scope.drops(path)}
+    for path in locked:
+        if path + b"/" not in dropped and not rules.scope.drops(path):
+            raise CensusError(Reason.UNREADABLE, path)
     changes = sorted((change for change in changes if change.path not in dropped
                       and not change.kind.startswith("folder") and change.kind != "touched"),
                      key=lambda change: change.path)
@@ -4668,7 +4689,12 @@ def check_work_tree(gate: Gate, config: Config, user: UserRepository) -> None:
     """Look for staged and changed tracked files; untracked ones are only listed."""
     if not user.branch:
         gate.fail("branch", "HEAD is detached; check out the branch to start from")
-    rows = user.repo.git("status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=normal",
+    drivers = user.repo.git("config", "--name-only", "-z", "--get-regexp", r"^filter\.",
+                            accept=(0, 1)).split(b"\0")[:-1]
+    quiet = [word for driver in sorted({name.rpartition(b".")[0] for name in drivers})
+             for what in ("clean=", "smudge=", "process=", "required=false")
+             for word in ("-c", f"{os.fsdecode(driver)}.{what}")]   # run nothing that it names
+    rows = user.repo.git(*quiet, "status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=normal",
                          "--ignore-submodules=dirty").split(b"\0")[:-1]
     own = os.path.relpath(os.path.realpath(config.path), os.path.realpath(user.top)).encode()
     changed = [row[3:] for row in rows if row[:2] not in (b"??", b"!!") and row[3:] != own]
@@ -4787,13 +4813,17 @@ def share_problem(user: UserRepository, path: bytes, listed: Dict[bytes, Listed]
     try:
         for name, status in scan(root):
             full = os.path.join(root, name)
-            leads = []
+            leads: List[bytes] = []
+            if os.path.basename(name).startswith((b"__editable__", b"direct_url.json")) \
+                    and status.st_size < 1 << 16:
+                with open(full, "rb") as stream:
+                    leads = [top] if re.search(re.escape(top) + rb"[/'\"]", stream.read()) else []
             if stat.S_ISLNK(status.st_mode):
                 leads = [os.path.realpath(full)]
             elif name.endswith((b".pth", b".egg-link")) and status.st_size < 1 << 16:
                 with open(full, "rb") as stream:
-                    leads = [os.path.realpath(os.path.join(os.path.dirname(full), line.strip()))
-                             for line in stream.read().splitlines() if line.strip()]
+                    leads += [os.path.realpath(os.path.join(os.path.dirname(full), line.strip()))
+                              for line in stream.read().splitlines() if line.strip()]
             for lead in leads:
                 if (lead == top or lead.startswith(top + b"/")) \
                         and not lead.startswith(os.path.realpath(root) + b"/"):
@@ -5288,7 +5318,7 @@ class Run:
             self.rooms.append(make_cleanroom(self, len(self.rooms)))
         place = self.rooms[room]
         shown = self.visible(snapshot, gauge.key)
-        place.use_git(shown.tree)
+        place.use_git(self.visible(snapshot, "metric").tree)    # a holdout's would stay in there
         found = place.measure(gauge, shown.manifest, seed)
         if seconds is not None and found.value is not None:
             seconds.append(round(found.seconds, 4))

@@ -289,7 +289,6 @@ night("git", """
     d34_reach_other_trees.no_room
     d34_reach_other_trees.room_is_link
     d34_reach_other_trees.locked_room
-    d34_reach_other_trees.shared_master     violation seal.modified
     d34_reach_other_trees.honest
     c24_code_in_git_config.home_config
     d28_python_path.user_site
@@ -636,6 +635,20 @@ def test_data_and_tools_at_home_are_sealed(project: Project) -> None:
         assert verdicts[0] == KEPT and KEPT not in verdicts[1:], (act, result)
         assert "violation seal.modified" in verdicts[1:], (act, verdicts)
         assert all(row["commit"] is None for row in project.iterations()[1:])
+
+
+def test_a_poisoned_master_is_never_taken_for_the_shared_folder(project: Project) -> None:
+    """The loop mends a room from its own copy; one that was changed too ends the run."""
+    set_up_turn(project)
+    project.commit("set up")
+    acts = ["d34_reach_other_trees.shared_master", "play.lower", "play.lower"]
+    project.config["metric"]["command"] = f"{project.python} metric.py"
+    project.config["agent"]["command"] = " ".join([project.python, str(AGENTS / "play.py"), *acts])
+    project.config["loop"]["iterations"] = len(acts)
+    result = project.run()
+    assert result.code == 1, result
+    assert project.verdicts() == ["violation seal.modified", "void store.damaged"], result
+    assert project.run("verify").code == 0
 
 
 # ---- what the agent's own end says counts for nothing: its tree does

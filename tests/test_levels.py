@@ -308,20 +308,18 @@ class Yard(Project):
         """Run the loop as the user; note its peak memory, and wake it when an act stopped it."""
         argv = [*prefix, self.python, str(self.base / "tool" / "scalarloop.py"), *args]
         argv.insert(len(prefix) + 2 + sum(not word.startswith("-") for word in args[:1]), "loop.ini")
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            loop = subprocess.Popen(argv, cwd=self.root, env={**self.env, **(env or {})}, stdout=out,
-                                    stdin=subprocess.DEVNULL, stderr=err, **as_user(self.uid))
-            (self.base / "run" / "loop.pid").write_text(str(loop.pid))
-            end = time.monotonic() + timeout
-            while loop.poll() is None and time.monotonic() < end:
-                self.look_at(loop.pid)
-                time.sleep(.02)
-            if loop.poll() is None:
-                loop.kill()
-                loop.wait()
-            out.seek(0)
-            err.seek(0)
-            return Result(loop.returncode, *(file.read().decode("utf-8", "replace") for file in (out, err)))
+        loop = subprocess.Popen(argv, cwd=self.root, env={**self.env, **(env or {})},
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                **as_user(self.uid))
+        (self.base / "run" / "loop.pid").write_text(str(loop.pid))
+        end = time.monotonic() + timeout
+        while loop.poll() is None and time.monotonic() < end:
+            self.look_at(loop.pid)
+            time.sleep(.02)
+        if loop.poll() is None:
+            loop.kill()
+        out, err = loop.communicate()       # what it prints fits into a pipe
+        return Result(loop.returncode, out.decode("utf-8", "replace"), err.decode("utf-8", "replace"))
 
     def look_at(self, pid: int) -> None:
         """Note the loop's peak memory so far (kB), and that it was stopped."""
@@ -397,11 +395,11 @@ HONEST: Plan = {"agent": ["d32_rewrite_rooms.look_for_survivors"], "metric": []}
 ALONE = {   # at portable these break the run: how it, the next start and `verify` end
     "d33_reach_the_loop.kill": (-9, 0, 0), "d33_reach_the_loop.limit": (1, 0, 0),
     "d34_write_outside.settings": (0, 2, 0), "d34_write_outside.ledger_append": (4, 4, 4),
-    "d34_write_outside.ledger_rewrite": (0, 4, 4), "d34_write_outside.store": (1, 1, 1)}
+    "d34_write_outside.ledger_rewrite": (4, 4, 4), "d34_write_outside.store": (1, 1, 0)}
 CHANGED = {     # what the acts that are not stopped may change, and nothing else
     "portable": ("project/README", "project/.git/config", "project/.git/hooks", "project/data/mode.txt",
                  "project/data/time.txt", "project/.scalarloop/t/planted", "tool/scalarloop.py", "/tmp",
-                 "home/.bashrc", "home/.gitconfig", "home/.local", "/dev/shm"),
+                 "home/.bashrc", "home/.gitconfig", "home/.local", "home/.npm", "/dev/shm"),
     "landlock": ("project/data/mode.txt", "project/data/time.txt", "/dev/shm"), "namespaces": ()}
 
 
@@ -612,7 +610,7 @@ def test_the_run_goes_on_and_nothing_is_left(stage: str, level: str, user: str) 
     assert branch == [row["commit"] for row in kept]
     assert yard.git("diff", "--name-only", "main", "scalarloop/t", "--", ":!src") == ""
     strange = {name for name in siege.changed if not name.startswith(CHANGED[level] or ("\0",))}
-    assert strange == set() and (stage == "siege" or not siege.changed)
+    assert strange == set()
     assert siege.left_in_tmp == [] and siege.left_running == []
     assert siege.answers["d32_rewrite_rooms.look_for_survivors"] == {"ok"}
     assert not siege.code_ran
@@ -703,7 +701,6 @@ HONEST_METRIC = """
     threading.Thread(target=server.serve_forever, daemon=True).start()
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     text = opener.open("http://127.0.0.1:%d/dist/bundle.txt" % server.server_port, timeout=20).read()
-    server.shutdown()
     print("METRIC value=%s" % subprocess.run(["./value", text], stdout=subprocess.PIPE).stdout.decode())
 """
 MAKEFILE = """

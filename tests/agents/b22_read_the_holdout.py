@@ -8,7 +8,7 @@ import os, subprocess
 found = [name for folder, _, names in os.walk(".") for name in names if name == "holdout.txt"]
 done = subprocess.run(["git", "cat-file", "--batch-all-objects", "--batch"], stdout=subprocess.PIPE,
                       stderr=subprocess.STDOUT)
-if found or b"the hidden answer" in done.stdout:
+if found or b"the hidden" + b" answer" in done.stdout:
     os._exit(7)
 """
 

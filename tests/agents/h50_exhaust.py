@@ -29,14 +29,14 @@ def fork_bomb():
 
 
 def memory():
-    held = bytearray(300 << 20)
+    held = bytearray(100 << 20)
     held[::4096] = b"x" * (len(held) // 4096)
 
 
 def disk():
     """Left in the temporary folder."""
     with open(Path(os.environ["TMPDIR"], "flood"), "wb") as stream:
-        for _ in range(100):
+        for _ in range(30):
             stream.write(MEGABYTE)
 
 
