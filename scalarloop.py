@@ -4247,6 +4247,9 @@ def checked_config(table: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]
     return table
 
 
+NOTEWORTHY = (Reason.IMPLAUSIBLE, Reason.METRIC_NOT_FINITE, Reason.NOISE_UNCONFIRMED)
+
+
 class State:
     """Where a run stands; only `advance` changes it."""
 
@@ -4260,6 +4263,7 @@ class State:
         self.holdout: List[Tuple[int, Optional[float]]] = []
         self.iterations = self.turns = 0
         self.counts: Dict[str, int] = {verdict.value: 0 for verdict in Verdict}
+        self.refused: Dict[str, int] = {}       # reasons that a person wants to hear of
         self.since_keep = self.give_ups = self.failures = self.voids = 0
         self.keeps: List[Tuple[int, str, float]] = []      # (iteration, commit, value)
         self.anchors: Dict[str, Tuple[int, str]] = {}      # commit -> record before its own
@@ -4325,6 +4329,8 @@ class State:
         self.iterations = record["n"]
         self.elapsed = record["elapsed"]
         self.counts[verdict] += 1
+        if verdict == Verdict.VIOLATION or record["reason"] in NOTEWORTHY:
+            self.refused[record["reason"]] = self.refused.get(record["reason"], 0) + 1
         self.best = record["best"]
         if record["tree"] and verdict != Verdict.VOID:
             self.tried.add(record["tree"])
@@ -4562,6 +4568,18 @@ def format_iteration(record: Record, best_before: Optional[float]) -> str:
             f"{format_change(best_before, value):>10s}  {format_seconds(seconds):>7s}  {why}")
 
 
+def holdout_gap(config: Config, state: State) -> str:
+    """Return a warning when what was gained in sight was not gained on the holdout."""
+    first, last = state.holdout[0][1], state.holdout[-1][1]
+    sign = -1.0 if config.holdout.direction == "maximize" else 1.0
+    if not state.keeps or first is None:
+        return ""
+    if last is None:
+        return ": it fails on the best"
+    return ": no gain on the holdout, the visible one may be overfitted" \
+        if sign * last >= sign * first else ""
+
+
 def format_summary(config: Config, state: State, head: str, records: int, reason: str,
                    closing: str) -> str:
     """Return the closing summary of a run."""
@@ -4574,12 +4592,17 @@ def format_summary(config: Config, state: State, head: str, records: int, reason
         + (f"  [{state.unproven} unproven]" if state.unproven else ""),
         f"turns      {counts or 'none'}",
     ]
+    if state.refused:
+        refused = (f"{count} {reason}" for reason, count in sorted(state.refused.items()))
+        lines.append("refused    " + ", ".join(refused))
+    if not state.noise.exact and state.baseline is not None:
+        lines.append("noise      one run varies by " + format_number(sigma(state.noise.differences)))
     if closing:
         lines.append(f"measured   {closing}")
     if state.holdout and state.holdout[0][1] is not None:
         first, last = state.holdout[0][1], state.holdout[-1][1]
         lines.append(f"holdout    {format_number(first)} -> {format_number(last)} "
-                     f"({format_change(first, last) or 'no change'})")
+                     f"({format_change(first, last) or 'no change'})" + holdout_gap(config, state))
     if state.keeps:
         lines += [f"branch     {branch}   ({len(state.keeps)} commit{'s' * (len(state.keeps) > 1)} on "
                   f"{state.base[:12]})",

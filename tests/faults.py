@@ -5,6 +5,7 @@ MODE is
   fail     the n-th call fails once: a write is cut in half and the next on that file fails
   full     from the n-th call on nothing can be created or written any more: the disk is full
   kill     the process is killed right after its n-th call; a write is cut in half
+  record   the process is killed right after its n-th write to a ledger
   git      the n-th git process dies without doing its work
   clock    the clock goes back by a day at the n-th record
 LOG tells what went wrong; it stays away when the run ended before its n-th call.
@@ -65,7 +66,7 @@ class Countdown:
              ) -> Callable[..., Any]:
         """Return `call` with the countdown around it."""
         def counted(*args: Any, **options: Any) -> Any:
-            what = " ".join(map(str, args[:2]))[:200]
+            what = " ".join(map(str, args[:2]))
             if kind == "fsync":
                 what = _path_of(args[0])
             if not concerns(*args, **options) or not self.is_due(kind, what):
@@ -80,6 +81,13 @@ class Countdown:
 
     def wrap_write(self, descriptor: int, data: bytes) -> int:
         """Write; at the due call only a half, and nothing more on that file."""
+        if self.mode == "record":
+            written = self.write(descriptor, data)
+            self.count += _path_of(descriptor).endswith("/ledger.jsonl")
+            if self.count == self.left:
+                self.note("record")
+                os.kill(self.pid, signal.SIGKILL)
+            return written
         if descriptor in self.cut:
             self.cut.discard(descriptor)
             raise self.error()
@@ -96,6 +104,9 @@ class Countdown:
 
     def install(self) -> None:
         """Put the countdown around everything that changes the world outside the process."""
+        os.write = self.wrap_write  # type: ignore[assignment]
+        if self.mode == "record":
+            return
         for name in CALLS:
             setattr(os, name, self.wrap(name, getattr(os, name), lambda *a, **k: True))
         os.remove = os.unlink
@@ -105,7 +116,6 @@ class Countdown:
         os.open = self.wrap("open", plain_os_open,  # type: ignore[assignment]
                             lambda path, flags, *a, **k: bool(flags & WRITING)
                             and path not in (self.log, os.devnull))
-        os.write = self.wrap_write  # type: ignore[assignment]
         subprocess.Popen = self.popen()  # type: ignore[misc, assignment]
 
     def set_back(self) -> None:
@@ -130,7 +140,7 @@ class Countdown:
                 word = os.path.basename(str(argv[0]))
                 if word == "git" and countdown.is_due("git", " ".join(argv)[-300:]):
                     argv = ["/bin/sh", "-c", "echo out of memory >&2; kill -9 $$"]
-                due = countdown.is_due("spawn", " ".join([word, *map(str, argv[-3:])]))
+                due = countdown.is_due("spawn", " ".join([word, *map(str, argv[-5:])]))
                 if due and countdown.mode != "kill":
                     raise countdown.error()
                 super().__init__(argv, *args, **options)

@@ -6,6 +6,8 @@ then the next line. `pytest -k a01` plays that part of a night alone.
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import textwrap
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
@@ -91,10 +93,12 @@ def set_up_home(project: Project) -> None:
     home = Path(os.environ["HOME"])
     (home / "bin").mkdir()
     (home / "validation.txt").write_text("hard\n")
+    (home / "dataset").mkdir()
+    (home / "dataset" / "one.txt").write_text("1\n")
     tool = home / "bin" / "run-metric"
     tool.write_text(f"#!/bin/sh\nexec {project.python} \"$@\"\n")
     tool.chmod(0o755)
-    project.config["loop"]["seal"] = "~/validation.txt"
+    project.config["loop"]["seal"] = "~/validation.txt ~/dataset"
     project.config["metric"]["command"] = f"{tool} metric.py"
 
 
@@ -198,6 +202,8 @@ night("turn", """
     a09_hostile_names.escape                violation census.control_character
     a09_hostile_names.direction             violation census.control_character
     a09_hostile_names.dot_git_upper         violation census.gitlink
+    a09_hostile_names.git_alias             violation census.gitlink
+    a09_hostile_names.git_by_backslash      violation census.gitlink
     a09_hostile_names.case_twin             violation census.case_twin
     a09_hostile_names.case_twins_new        violation census.case_twin
     a09_hostile_names.folder_twin           violation census.case_twin
@@ -213,6 +219,9 @@ night("turn", """
     a10_glob_laxity.seal_inside_scope       violation seal.modified
     a10_glob_laxity.add_to_seal_inside_scope violation seal.created
     a10_glob_laxity.seal_becomes_folder     violation seal.retyped
+    a10_glob_laxity.rules_become_folder     violation seal.retyped
+    a10_glob_laxity.seal_folder_becomes_file violation seal.deleted
+    a10_glob_laxity.all_gone                crash metric.exit
     a10_glob_laxity.honest
     a10_glob_laxity.honest_folder_for_file
     a10_glob_laxity.honest_file_for_folder
@@ -618,23 +627,172 @@ for git in (state + "/store.git", root + "/.git"):
     assert not marker.exists(), marker.read_text()
 
 
-def test_data_and_tools_at_home_are_sealed(project: Project) -> None:
-    """The measurement never takes place with them changed, even if no file of the project was."""
+@pytest.mark.parametrize("act", ["edit", "edit_alone", "add_to_folder", "interpreter"])
+def test_data_and_tools_at_home_are_sealed(project: Project, act: str) -> None:
+    """No measurement counts that was made with them changed, even if no file of the project was."""
     set_up_home(project)
     project.commit("set up")
-    for act, iterations in (("edit", 2), ("edit_alone", 2), ("interpreter", 2)):
-        project.config["loop"].update(name=f"home-{act.replace('_', '-')}", iterations=iterations)
-        acts = [f"d31_data_at_home.{act}", "d31_data_at_home.read"]
-        project.config["agent"]["command"] = " ".join([project.python, str(AGENTS / "play.py"), "play.lower", *acts])
-        project.config["loop"]["iterations"] = 3
-        kept = {path: path.read_bytes() for path in Path(os.environ["HOME"]).rglob("*") if path.is_file()}
-        result = project.run()
-        for path, data in kept.items():
-            path.write_bytes(data)
-        verdicts = project.verdicts()
-        assert verdicts[0] == KEPT and KEPT not in verdicts[1:], (act, result)
-        assert "violation seal.modified" in verdicts[1:], (act, verdicts)
-        assert all(row["commit"] is None for row in project.iterations()[1:])
+    acts = ["play.lower", f"d31_data_at_home.{act}", "d31_data_at_home.read"]
+    project.config["agent"]["command"] = " ".join([project.python, str(AGENTS / "play.py"), *acts])
+    project.config["loop"]["iterations"] = 3
+    result = project.run()
+    verdicts = project.verdicts()
+    assert verdicts[0] == KEPT and KEPT not in verdicts[1:], result
+    assert any(verdict.startswith("violation seal.") for verdict in verdicts[1:]), verdicts
+
+
+def test_a_forged_lock_deletes_nothing(project: Project) -> None:
+    """The lock names the temporary folder that a killed loop left behind; so does an agent."""
+    mine = project.tmp / "scalarloop-0123456789abcdef"
+    mine.mkdir(mode=0o700)
+    (mine / "precious").write_text("x")
+    attack = f"""
+import json, os, signal
+open(state + "/lock", "w").write(json.dumps({{"pid": 1, "tmp": {str(mine)!r}}}))
+os.kill(os.getppid(), signal.SIGKILL)
+"""
+    assert attack_then_gain(project, attack).code == -9
+    project.turns("open('src/value.txt', 'w').write('90')")
+    result = project.run()
+    assert result.code == 0 and (mine / "precious").exists(), result
+
+
+def test_a_loop_that_its_agent_killed_goes_on(project: Project) -> None:
+    result = attack_then_gain(project, "import os, signal; os.kill(os.getppid(), signal.SIGKILL)")
+    assert result.code == -9
+    project.turns("open('src/value.txt', 'w').write('90')")
+    result = project.run()
+    assert result.code == 0 and project.verdicts() == [KEPT], result
+    assert project.leftovers() == [] and project.run("verify").code == 0
+
+
+def test_a_loop_that_its_agent_interrupted_goes_on(project: Project) -> None:
+    result = attack_then_gain(project, "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(9)")
+    assert result.code == 130 and project.verdicts() == [], result
+    project.turns("open('src/value.txt', 'w').write('90')")
+    assert project.run().code == 0 and project.verdicts() == [KEPT]
+    assert project.leftovers() == [] and project.run("verify").code == 0
+
+
+def test_settings_that_an_agent_rewrites_do_not_count(project: Project) -> None:
+    """loop.ini and the tool itself were read at the start; the next start sees the difference."""
+    tool = project.tmp / "scalarloop.py"
+    shutil.copy(Path(__file__).resolve().parent.parent / "scalarloop.py", tool)
+    attack = f"""
+text = open(root + "/loop.ini").read()
+open(root + "/loop.ini", "w").write(text.replace("scope = src/**", "scope = **"))
+open({str(tool)!r}, "w").write("print('owned')")
+open("metric.py", "w").write("print('METRIC value=0')")
+"""
+    project.save_config()
+    gain = "p = 'src/value.txt'; n = int(open(p).read()) - 1; open(p, 'w').write(str(n))\n"
+    project.turns(f"root = {str(project.root)!r}\n" + gain + attack, gain)
+    project.save_config()
+    done = subprocess.run([project.python, str(tool), "loop.ini"], cwd=project.root, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=100)
+    assert done.returncode == 0, done
+    assert project.verdicts() == ["violation seal.modified", KEPT]
+    again = project.run("--more", "1", config=False)
+    assert again.code == 2 and "[loop] scope" in again.err, again
+
+
+def test_a_branch_that_is_checked_out_meanwhile_is_left_alone(project: Project) -> None:
+    project.turns("open('src/value.txt', 'w').write('90')",
+                  f"import subprocess; subprocess.run(['git', 'checkout', '-q', 'scalarloop/t'], cwd={str(project.root)!r},"
+                  " check=True)\nopen('src/value.txt', 'w').write('80')")
+    project.git("rm", "-q", "--cached", "loop.ini")
+    project.git("commit", "-qm", "loop.ini is nobody's")
+    result = project.run()
+    assert result.code == 4, result
+    assert project.git("log", "-1", "--format=%s", "scalarloop/t").startswith("#1 ")
+    assert project.git("status", "--porcelain", "--untracked-files=no") == ""
+
+
+def test_an_object_rewritten_in_the_users_repository_is_found(project: Project) -> None:
+    """The same id, other bytes: the run has its own copy, `verify` hashes what is there."""
+    attack = """
+import os, subprocess, zlib
+oid = subprocess.run(["git", "rev-parse", "HEAD:metric.py"], cwd=root, stdout=subprocess.PIPE).stdout.decode().strip()
+path = os.path.join(root, ".git/objects", oid[:2], oid[2:])
+os.chmod(path, 0o644)
+open(path, "wb").write(zlib.compress(b"blob 5\\0easy\\n"))
+"""
+    result = attack_then_gain(project, attack)
+    assert result.code in (0, 1, 4) and KEPT in project.verdicts(), result
+    assert "METRIC" in project.git("--git-dir", str(project.state / "store.git"), "cat-file", "blob", "refs/scalarloop/base:metric.py")
+    assert project.run("verify").code == 4
+
+
+def test_what_the_metric_may_know_of_the_environment(project: Project) -> None:
+    """Neither the agent's secrets nor what makes programs load code; and no relative PATH."""
+    project.write("metric.py", """
+        import os, pathlib
+        bad = [name for name in os.environ if name.startswith(("GIT_", "PYTHONPATH", "LD_", "BASH_ENV", "ENV", "NODE_", "SECRET",
+               "ANTHROPIC", "OPENAI", "SCALARLOOP_OPT", "SCALARLOOP_PROMPT", "AWS", "PERL5", "RUBYOPT", "JAVA_TOOL"))]
+        assert not bad, bad
+        assert all(os.path.isabs(entry) for entry in os.environ["PATH"].split(":")), os.environ["PATH"]
+        assert os.environ["PASSED"] == "yes" and os.environ["PYTHONDONTWRITEBYTECODE"] == "1"
+        assert not os.listdir(os.environ["TMPDIR"]) and os.environ["TMPDIR"] != os.environ.get("HOME")
+        print("METRIC value=%s" % pathlib.Path("src/value.txt").read_text())
+    """)
+    project.commit("metric")
+    project.config["agent"].update(env="SECRET_TOKEN")
+    project.config["metric"].update(env="PASSED")
+    project.config["adapter"] = {"model": "m"}
+    project.turns("import os\nassert os.environ['SECRET_TOKEN'] == 's' and os.environ['SCALARLOOP_OPT_MODEL'] == 'm'\n"
+                  "assert not [n for n in os.environ if n.startswith(('GIT_', 'LD_', 'PYTHONPATH', 'BASH_ENV', 'AWS'))]\n"
+                  "open('src/value.txt', 'w').write('90')")
+    evil = project.tmp / "evil"
+    evil.mkdir()
+    names = {"BASH_ENV": "/dev/null", "ENV": "x", "NODE_OPTIONS": "--no-warnings", "GIT_DIR": str(evil), "GIT_INDEX_FILE": "x",
+             "GIT_WORK_TREE": "/", "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "core.hooksPath", "GIT_CONFIG_VALUE_0": "/x",
+             "SECRET_TOKEN": "s", "ANTHROPIC_API_KEY": "a", "OPENAI_API_KEY": "o", "AWS_SECRET_ACCESS_KEY": "w", "PASSED": "yes",
+             "PERL5LIB": "x", "RUBYOPT": "-W0", "JAVA_TOOL_OPTIONS": "x", "LD_LIBRARY_PATH": "src",
+             "PATH": f"src:.::{os.environ['PATH']}"}
+    (project.root / "src/python3").write_text("#!/bin/sh\necho METRIC value=0\n")
+    (project.root / "src/python3").chmod(0o755)
+    result = project.run(env=names)
+    assert result.code == 0 and project.verdicts() == [KEPT], result
+
+
+def test_droppings_do_not_last(project: Project) -> None:
+    """What `ignore` names is dropped, counted, and gone at the next turn; it is no hiding place for a violation."""
+    project.config["loop"]["ignore"] = ".claude/** .aider*"
+    project.turns("import os; os.mkdir('.claude'); open('.claude/settings.json', 'w').write('{}'); open('.aider.log', 'w')\n"
+                  "os.makedirs('src/__pycache__'); open('src/__pycache__/x.pyc', 'w'); open('src/value.txt', 'w').write('90')",
+                  "import os; assert not os.path.exists('.claude') and not os.path.exists('.aider.log')\n"
+                  "os.mkdir('.claude'); open('.claude/x', 'w'); open('evil', 'w'); open('src/value.txt', 'w').write('80')",
+                  "open('src/value.txt', 'w').write('80')")
+    assert project.run().code == 0
+    assert project.verdicts() == [KEPT, "violation scope.created", KEPT]
+    assert [row["dropped"] for row in project.iterations()] == [3, 1, 0]
+    assert project.git("diff", "--name-only", "main", "scalarloop/t") == "src/value.txt"
+
+
+def test_memory_is_never_followed_nor_measured(project: Project) -> None:
+    project.config["loop"]["memory"] = "notes/mine.md"
+    project.config["agent"]["env"] = "STATE"
+    note = "import os, pathlib; n = pathlib.Path('notes/mine.md')\n"
+    gain = "p = pathlib.Path('src/value.txt'); p.write_text(str(int(p.read_text()) - 1))\n"
+    secret = project.tmp / "secret"
+    secret.write_text("secret")
+    project.turns(
+        note + gain + "os.mkdir('notes'); n.write_text('first')",
+        note + gain + f"assert n.read_text() == 'first'; n.unlink(); os.symlink({str(secret)!r}, n)",
+        note + gain + "assert n.read_text() == 'first' and not n.is_symlink(); n.unlink(); os.mkfifo(n)",
+        note + gain + "assert n.read_text() == 'first'; n.unlink(); n.mkdir(); (n / 'x').write_text('x')",
+        note + gain + "assert n.read_text() == 'first'; n.write_text('second'); pathlib.Path('metric.py').write_text('')",
+        note + gain + "assert n.read_text() == 'second'; n.write_bytes(b'x' * 5000000)",
+        note + gain + "assert 0 < n.stat().st_size <= 1 << 20; import shutil; shutil.rmtree('notes')\n"
+                      f"os.symlink({str(project.tmp)!r}, 'notes')",
+        note + gain + "assert n.read_bytes()[:3] == b'xxx' and not os.path.islink('notes')")
+    result = project.run()
+    assert result.code == 0, result
+    ends = [row["agent_exit"] for row in project.iterations()]
+    assert ends == ["exit 0"] * 8, ends
+    kept = [row["verdict"] for row in project.iterations()]
+    assert kept == ["keep", "keep", "keep", "keep", "violation", "keep", "violation", "keep"], project.verdicts()
+    assert project.git("diff", "--name-only", "main", "scalarloop/t") == "src/value.txt"
 
 
 def test_a_poisoned_master_is_never_taken_for_the_shared_folder(project: Project) -> None:

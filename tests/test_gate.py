@@ -283,17 +283,17 @@ def the_metric_is_a_folder(project: Project) -> Case:
 
 def a_guard_that_fails(project: Project) -> Case:
     project.config["guard.tests"] = {"command": "sh -c 'echo broken; exit 3'"}
-    return "guard tests", "does not hold on the baseline", "exit 3"
+    return "guard", "tests: does not hold on the baseline", "exit 3"
 
 
 def a_guard_that_is_missing(project: Project) -> Case:
     project.config["guard.tests"] = {"command": "no-such-program"}
-    return "guard tests", "no-such-program", "correct the command"
+    return "guard", "tests: no-such-program", "correct the command"
 
 
 def a_guard_without_a_number(project: Project) -> Case:
     project.config["guard.size"] = {"command": "true", "pattern": "(x)", "tolerance": "1"}
-    return "guard size", "printed no match of pattern"
+    return "guard", "size: printed no match of pattern"
 
 
 def a_holdout_that_fails(project: Project) -> Case:
@@ -882,7 +882,12 @@ def test_a_state_folder_without_write_permission(project: Project) -> None:
     pytest.param(56, marks=pytest.mark.slow), pytest.param(104, marks=pytest.mark.slow), 160])
 def test_a_full_disk_under_the_state_folder(project: Project, kilobytes: int) -> None:
     """Stopped in one line wherever it strikes; with room again the same command goes on."""
-    project.turns(LOWER, "print('x' * 60000)", 'open("src/value.txt", "w").write("80\\n")')
+    project.agent("""
+        value = int(open("src/value.txt").read())
+        print("x" * 40000)
+        open("src/value.txt", "w").write("%d\\n" % (value - 10))
+    """)
+    project.config["loop"]["iterations"] = 3
     project.write("src/noise.bin", "".join(map(str, range(9000))))
     project.commit()
     project.save_config()
@@ -900,10 +905,10 @@ def test_a_full_disk_under_the_state_folder(project: Project, kilobytes: int) ->
     assert found["again"].code == 0 and found["verify"].code == 0, found
     rows = [json.loads(line) for line in
             (project.tmp / "outputs" / "ledger.jsonl").read_text().splitlines()]
-    assert [row["verdict"] for row in rows if row["type"] == "iteration"] == [
-        "keep", "no_change", "keep"], rows
+    verdicts = [row["verdict"] for row in rows if row["type"] == "iteration"]
+    assert verdicts.count("keep") == 3 and set(verdicts) <= {"keep", "void"}, verdicts
     assert project.fingerprint() == before
-    assert project.git("show", "scalarloop/t:src/value.txt") == "80"
+    assert project.git("show", "scalarloop/t:src/value.txt") == "70"
 
 
 @pytest.mark.parametrize("kilobytes", [4, 64, 160])

@@ -27,7 +27,7 @@ import time
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import pytest
 
@@ -257,8 +257,7 @@ class Yard(Project):
         self.config["isolation"]["level"] = level
         self.config["agent"].update(command=f"{self.python} {self.base}/agents/{SIEGE}",
                                     env="SCALARLOOP_TEST_YARD SCALARLOOP_TEST_FLOOD")
-        self.config["metric"].update(command=f"{self.python} metric.py", network="deny",
-                                     env="SCALARLOOP_TEST_YARD")
+        self.config["metric"].update(command=f"{self.python} metric.py", env="SCALARLOOP_TEST_YARD")
         self.config["loop"]["patience"] = 1000
 
     def lay_out(self) -> None:
@@ -412,6 +411,8 @@ def plan_of(turn: List[Threat]) -> Plan:
 class Siege:
     """A run of the loop under attack, or several, and everything that was seen of it."""
 
+    checked: Result
+
     def __init__(self, user: str, level: str, turns: List[List[Threat]],
                  changes: Optional[Dict[str, Dict[str, Any]]] = None, **run: Any):
         self.level, self.turns = level, [turn for turn in turns if turn]
@@ -429,10 +430,10 @@ class Siege:
         self.results = [yard.run(**run)]
         self.look()
 
-    def again(self, *plans: Plan) -> None:
-        """Start once more, with another plan for the same turns."""
+    def again(self, *args: str, plans: Sequence[Plan], **run: Any) -> None:
+        """Start once more, with another plan."""
         self.yard.plan(*plans)
-        self.results.append(self.yard.run())
+        self.results.append(self.yard.run(*args, **run))
         self.look()
 
     def look(self) -> None:
@@ -502,8 +503,8 @@ def act_alone(user: str, level: str, act: str) -> Siege:
     threat = next(threat for turn in TURNS for threat in turn if threat.act == act)
     siege = Siege(user, level, [[threat._replace(turns="agent")]])
     if ALONE[act][1] == 0:
-        siege.again({"agent": [], "metric": [act]}, HONEST)
-    siege.again({"agent": [], "metric": []}, HONEST)
+        siege.again(plans=[{"agent": [], "metric": [act]}, HONEST])
+    siege.again(plans=[HONEST, HONEST])
     siege.results.append(siege.yard.run("verify"))
     return siege
 
@@ -601,8 +602,8 @@ def test_threat(threat: Threat, level: str, user: str) -> None:
 def test_the_run_goes_on_and_nothing_is_left(stage: str, level: str, user: str) -> None:
     siege = watch(stage, user, level)
     yard, kept = siege.yard, [row for row in siege.records if row["commit"]]
-    assert siege.codes() == [0], siege.results
-    assert len(siege.records) == len(siege.turns) + 1
+    assert set(siege.codes()) == {0}, siege.results
+    assert len(siege.records) == len(siege.turns) + len(siege.results)
     assert siege.records[-1]["verdict"] == "keep" and siege.records[-1]["value"] == 1000 - len(kept)
     for row in kept:
         assert row["value"] == int(yard.git("show", f"{row['commit']}:src/value.txt"))
@@ -673,8 +674,12 @@ def poison(user: str, level: str) -> Siege:
         env["LD_PRELOAD"] = str(folder / "preload.so")
     try:
         yard_path = os.pathsep.join([".", "src", "", "/usr/local/bin", "/usr/bin", "/bin"])
-        return Siege(user, level, [], {"metric": {"git": "yes"}, "source": {"metric.py": SHOWING_METRIC}},
-                     env={**env, "PATH": yard_path})
+        env["PATH"] = yard_path
+        siege = Siege(user, level, [], {"metric": {"git": "yes"}, "source": {"metric.py": SHOWING_METRIC}},
+                      env=env)
+        siege.again("--more", "1", plans=[HONEST, HONEST], env=env)
+        siege.checked = siege.yard.run("check", env=env)
+        return siege
     finally:
         shutil.rmtree(folder)
 
@@ -737,3 +742,198 @@ def test_honest_tools_work(stage: str, level: str, user: str) -> None:
         warnings.warn(f"{act} IS NOT INSTALLED for {user}: untested", stacklevel=1)
     assert not broken
     assert "agent-tcp" in siege.heard, "an agent needs the network"
+
+
+# ---- what is said of it
+
+SAID = {    # in `check`: what is in force in words, then what is not
+    "portable": (["what it leaves running is dead when the turn ends"],
+                 ["nothing outside its own folders can be written (files_sealed: append ok",
+                  "nor modes and times changed there (modes_sealed: chmod ok",
+                  "the loop can't be signalled, limited or traced (loop_protected: kill ok",
+                  "state folder, key and holdout can't be read (secrets_hidden: read ok",
+                  "services on unix sockets can't be reached (sockets_off: path ok"]),
+    "landlock": (["nothing outside its own folders can be written", "the network is off for the metric",
+                  "the loop can't be signalled, limited or traced", "honest work succeeds",
+                  "state folder, key and holdout can't be read",
+                  "what it leaves running is dead when the turn ends"],
+                 ["nor modes and times changed there (modes_sealed: chmod ok",
+                  "services on unix sockets can't be reached (sockets_off: path ok"]),
+    "namespaces": (["nothing outside its own folders can be written", "nor modes and times changed there",
+                    "the loop can't be signalled, limited or traced", "honest work succeeds",
+                    "state folder, key and holdout can't be read", "the network is off for the metric",
+                    "services on unix sockets can't be reached",
+                    "what it leaves running is dead when the turn ends"], [])}
+ERRNOS = {"portable": "append ok", "landlock": "append EACCES", "namespaces": "append EROFS"}
+
+
+@both_users
+@every_level
+@pytest.mark.parametrize("stage", ["environment"])
+def test_check_names_the_level_and_its_facts(stage: str, level: str, user: str) -> None:
+    checked = watch(stage, user, level).checked
+    lines = [line for line in checked.out.splitlines() if "isolation" in line]
+    assert checked.code == 0 and f" {level}: " in lines[0], checked
+    held, open_ = SAID[level]
+    assert all(words in lines[0] for words in held), lines
+    notices = "\n".join(line for line in lines[1:] if "not in force" in line)
+    assert all("not in force: " + words in notices for words in open_), lines
+    assert len(notices.splitlines()) == len(open_)
+
+
+@both_users
+@every_level
+@pytest.mark.parametrize("stage", ["environment"])
+def test_facts_and_errnos_are_recorded_at_every_start(stage: str, level: str, user: str) -> None:
+    siege = watch(stage, user, level)
+    records = [record["isolation"] for record in siege.ledger if record["type"] in ("start", "resume")]
+    assert len(records) == 2
+    for record in records:
+        assert record["level"] == level
+        assert record["facts"]["files_sealed"]["seen"].startswith(ERRNOS[level])
+        assert all(fact["seen"] for name, fact in record["facts"].items() if name != "network_off"
+                   or level != "portable"), record["facts"]
+    assert [{name: fact["held"] for name, fact in record["facts"].items()} for record in records] \
+        == [{name: fact["held"] for name, fact in records[0]["facts"].items()}] * 2
+    assert siege.results[1].out.count(f"isolation {level}") == 1
+
+
+# ---- machines that refuse
+
+REFUSE = r"""
+import ctypes, os, struct, sys
+numbers = {"x86_64": {"unshare": 272, "landlock": 444}, "aarch64": {"unshare": 97, "landlock": 444}}
+libc = ctypes.CDLL(None, use_errno=True)
+code = [(0x20, 0, 0, 0)]
+for name, answer in (("unshare", 1), ("landlock", 38)):
+    if name in sys.argv[1].split(","):
+        code += [(0x15, 0, 1, numbers[os.uname().machine][name]), (6, 0, 0, 0x50000 | answer)]
+code += [(6, 0, 0, 0x7fff0000)]
+text = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in code))
+program = struct.pack("@HP", len(code), ctypes.addressof(text))
+assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program) == 0, ctypes.get_errno()
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+NO_MORE = "echo 0 > /proc/sys/user/max_user_namespaces && exec setpriv --bounding-set -sys_admin " \
+          "--inh-caps -sys_admin \"$@\""
+LIMIT = ("unshare", "-Ur", "sh", "-c", NO_MORE, "sh")
+
+
+def refusing(yard: Yard, *names: str) -> Tuple[str, ...]:
+    """Return a prefix after which the kernel refuses these, as a container's filter does."""
+    if os.uname().machine not in ("x86_64", "aarch64"):
+        pytest.skip("no table of system calls for this machine")
+    return (yard.python, "-c", REFUSE, ",".join(names))
+
+
+@pytest.fixture
+def yard(request: pytest.FixtureRequest, user: str) -> Iterator[Yard]:
+    """Return a yard whose agent is honest, not yet laid out."""
+    if user == "root" and os.geteuid() != 0:
+        pytest.skip("NOT ROOT: runs of root UNTESTED")
+    made = Yard(user, "auto")
+    made.plan(HONEST)
+    yield made
+    made.clear()
+
+
+@both_users
+def test_a_machine_without_user_namespaces(yard: Yard, user: str) -> None:
+    """Inside a user namespace whose limit is 0, without the right to do otherwise: really refused."""
+    if not shutil.which("setpriv") or subprocess.run([*LIMIT, "true"], **as_user(yard.uid)).returncode:
+        pytest.skip("NO unshare or setpriv HERE: the refusal of namespaces UNTESTED")
+    yard.config["isolation"]["require"] = "namespaces"
+    yard.lay_out()
+    result = yard.run(prefix=LIMIT)
+    assert result.code == 2 and "namespaces can't be had on this machine" in result.err, result
+    assert "user namespaces are refused here" in result.err
+    assert not (yard.root / ".scalarloop").exists()
+    yard.config["isolation"].pop("require")
+    yard.save_config()
+    result = yard.run(prefix=LIMIT)
+    assert result.code == 0, result
+    started = yard.ledger()[0]["isolation"]
+    assert started["level"] == "landlock" and "user namespaces are refused here" in started["notes"][0]
+    assert yard.verdicts() == [KEPT]
+
+
+@both_users
+def test_a_container_that_filters_system_calls(yard: Yard, user: str) -> None:
+    """Without unshare landlock is left; without that too, portable: each is said, none is claimed."""
+    yard.lay_out()
+    for names, level in ((("unshare",), "landlock"), (("unshare", "landlock"), "portable")):
+        result = yard.run("check", prefix=refusing(yard, *names))
+        assert result.code == 0 and f"{level}: " in result.out, result
+        assert "no better level: namespaces: unshare: Operation not permitted" in result.out
+        assert ("no better level: landlock: landlock: Function not implemented" in result.out) \
+            is (level == "portable")
+    for word, names in (("namespaces", ("unshare",)), ("landlock", ("unshare", "landlock")),
+                        ("files_sealed", ("unshare", "landlock"))):
+        yard.config["isolation"]["require"] = word
+        yard.save_config()
+        result = yard.run(prefix=refusing(yard, *names))
+        assert result.code == 2 and word in result.err, result
+        assert not (yard.root / ".scalarloop").exists()
+
+
+@both_users
+def test_required_facts_that_portable_lacks(yard: Yard, user: str) -> None:
+    lacking = ("files_sealed", "loop_protected", "secrets_hidden", "sockets_off", "modes_sealed")
+    yard.config["isolation"].update(level="portable", require="daemons_killed " + " ".join(lacking))
+    yard.lay_out()
+    result = yard.run()
+    assert result.code == 2 and all(f"{fact}: " in result.err for fact in lacking), result
+    assert "append ok" in result.err and "daemons_killed" not in result.err
+    assert not (yard.root / ".scalarloop").exists() and yard.leftovers() == []
+
+
+# ---- the user's own isolation
+
+@both_users
+def test_external_is_the_user_s_claim(yard: Yard, user: str) -> None:
+    """A runner gets its placeholders filled, and nobody says more than that it was asked for."""
+    runner = yard.base / "run" / "runner"
+    runner.write_text(f"#!/bin/sh\necho \"$1 $2 $3\" >> {yard.base}/run/ran\nshift 3\nexec \"$@\"\n")
+    runner.chmod(0o755)
+    yard.config["metric"]["runner"] = f"{runner} {{cleanroom}} {{cwd}} {{tmp}}"
+    yard.config["guard.one"] = {"command": f"{yard.python} -c pass"}
+    yard.config["isolation"]["level"] = "external"
+    yard.lay_out()
+    checked, result = yard.run("check"), yard.run()
+    assert result.code == 0 and yard.verdicts() == [KEPT], result
+    ran = [line.split() for line in (yard.base / "run" / "ran").read_text().splitlines()]
+    assert len(ran) > 8 and all(room == cwd and "/room-" in room and scratch.startswith(os.path.dirname(room))
+                                for room, cwd, scratch in ran), ran
+    assert yard.ledger()[0]["isolation"]["level"] == "external"
+    lines = [line for line in checked.out.splitlines() if "isolation" in line]
+    assert checked.code == 0 and "not witnessed" in lines[0], lines
+    assert "dead when the turn ends" not in lines[0].split("agent")[0], "of the runner nothing is known"
+
+
+def test_external_needs_a_runner(project: Project) -> None:
+    project.config["isolation"]["level"] = "external"
+    result = project.run("check")
+    assert result.code == 2 and "external needs [metric] runner" in result.err
+
+
+@pytest.mark.parametrize("user", ["root"])
+def test_a_runner_that_is_another_user(yard: Yard, user: str) -> None:
+    """As with `sudo -u bench`: the candidate's code has no right to anything of the loop's user."""
+    if not shutil.which("setpriv"):
+        pytest.skip("NO setpriv HERE: a runner that is another user UNTESTED")
+    yard.python = python_of(NOBODY)
+    yard.config["metric"].update(runner=f"setpriv --reuid {NOBODY} --regid {NOBODY} --clear-groups --",
+                                 command=f"{yard.python} metric.py")
+    yard.config["isolation"]["level"] = "external"
+    acts = ["d33_reach_the_loop.kill", "d34_write_outside.work_tree", "d34_write_outside.dotfiles",
+            "d34_write_outside.ledger_append", "b22_read_secrets.key", "b22_read_secrets.state_folder"]
+    yard.plan({"agent": [], "metric": acts}, HONEST)
+    yard.lay_out()
+    (yard.base / "key").chmod(0o600)
+    yard.base.chmod(0o711)
+    before = yard.snapshot()
+    result = yard.run()
+    assert result.code == 0 and yard.verdicts() == [KEPT, KEPT], result
+    text = (yard.state / "iterations" / "0001" / "metric.log").read_text()
+    assert all(f"ACT metric {act} E" in text for act in acts) and " ok\n" not in text, text
+    assert yard.snapshot() == before and yard.leftovers() == [] and yard.processes() == []

@@ -34,6 +34,15 @@ def dot_git_upper():
     make("src/.GIT/config")
 
 
+def git_alias():
+    """What NTFS, and so every git, takes for .git."""
+    make("src/git~1")
+
+
+def git_by_backslash():
+    make("src/a\\.git\\config")
+
+
 def case_twin():
     make("src/VALUE.txt")
 

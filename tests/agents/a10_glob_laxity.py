@@ -43,6 +43,27 @@ def seal_becomes_folder():
     os.mkdir("src/sealed/rules.txt")
 
 
+def rules_become_folder():
+    """A folder where the base has its ignore rules."""
+    lower()
+    os.unlink(".gitignore")
+    os.mkdir(".gitignore")
+    Path(".gitignore/x").write_text("x\n")
+
+
+def seal_folder_becomes_file():
+    lower()
+    os.unlink("src/sealed/rules.txt")
+    os.rmdir("src/sealed")
+    Path("src/sealed").write_text("none\n")
+
+
+def all_gone():
+    for path in Path("src").rglob("*"):
+        if path.is_file() and "sealed" not in path.parts:
+            path.unlink()
+
+
 def honest():
     lower()
     Path("lib/other.txt").write_text("x\n")
