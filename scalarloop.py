@@ -2069,7 +2069,8 @@ class Isolation:
 
     def as_record(self) -> Dict[str, Any]:
         """Return it for the ledger."""
-        return {"level": self.level, "notes": list(self.notes), "facts": {
+        claimed = {"runner": "claimed"} if self.level == "external" else {}
+        return {"level": self.level, "fence": self.fence.level, **claimed, "notes": list(self.notes), "facts": {
             name: {"held": fact.held, "seen": fact.seen}
             for name, fact in ((f.name, getattr(self.facts, f.name))
                                for f in fields(Facts))}}
@@ -2129,15 +2130,14 @@ def choose_isolation(config: Config, tmp: str, state_folder: str, holdout: Seque
 
     required = [word for word in config.isolation.require if word in LEVELS]
     wanted = config.isolation.level
-    level, notes = probe_level(run) if wanted not in ("portable", "external") or required \
-        else (wanted, ())
+    level, notes = probe_level(run) if wanted != "portable" or required else (wanted, ())
     order = {name: place for place, name in enumerate(LEVELS)}
-    for word in [*required, *([wanted] if wanted != "auto" else [])]:
+    for word in [*required, *([wanted] if wanted not in ("auto", "external") else [])]:
         if order[level] < order[word]:
             why = "; ".join(notes) or f"the best here is {level}"
             raise Refused(f"isolation: {word} can't be had on this machine ({why}); set [isolation] "
                           "level or require to what it has")
-    level = wanted if wanted != "auto" else level
+    level = wanted if wanted not in ("auto", "external") else level
     secret = os.environ.get("SCALARLOOP_LEDGER_KEY", "")
     hidden = [state_folder] + ([secret] if secret else [])
     secrets = [*hidden, *holdout]
@@ -2150,13 +2150,14 @@ def choose_isolation(config: Config, tmp: str, state_folder: str, holdout: Seque
         seen = "; ".join(f"{word}: {getattr(facts, word).seen or 'no witness'}" for word in missing)
         raise Refused(f"isolation: not in force at level {level}: {seen}; relax [isolation] require "
                       "or run where it can be had")
-    if config.metric.network == "deny" and level != "external" and facts.network_off.held != "yes":
+    if config.metric.network == "deny" and wanted != "external" and facts.network_off.held != "yes":
         raise Refused(f"isolation: network = deny can't be had at level {level} "
                       f"({facts.network_off.seen or 'no witness'}); run where it can, or allow it")
     if level not in ("portable", "external") and facts.usable.held != "yes":
         raise Refused(f"isolation: at level {level} honest work fails ({facts.usable.seen}); set "
                       "[isolation] level to a lower one")
-    return Isolation(level, fence, facts, tuple(notes), tuple(hidden), tuple(secrets))
+    return Isolation("external" if wanted == "external" else level, fence, facts, tuple(notes),
+                     tuple(hidden), tuple(secrets))
 
 
 FACT_WORDS = {
@@ -2178,7 +2179,9 @@ def isolation_rows(config: Config, isolation: Isolation) -> List[Tuple[str, str]
         if name == "network_off" and config.metric.network == "allow":
             continue
         (held if fact.held == "yes" else open_).append((name, words, fact))
-    rows = [("ok", f"{isolation.level}: " + "; ".join(words for _, words, _ in held))]
+    rows = [("notice", "external: the metric's isolation is what [metric] runner gives, as you claim; "
+             "it was not witnessed. The agent's:")] if isolation.level == "external" else []
+    rows += [("ok", f"{isolation.fence.level}: " + "; ".join(words for _, words, _ in held))]
     rows += [("notice", f"not in force: {words} ({name}: {printable(fact.seen, 100) or 'no witness'})")
              for name, words, fact in open_]
     return rows + [("notice", f"no better level: {note}") for note in isolation.notes]
@@ -2255,13 +2258,16 @@ class Repository:
         """Run one git command and return its one line of output."""
         return os.fsdecode(self.git(*args, **options).rstrip(b"\n"))
 
-    def refs(self, names: Sequence[str]) -> Dict[str, str]:
+    def refs(self, names: Sequence[str], busy: str = "") -> Dict[str, str]:
         """Return the objects that these refs point at; an absent one has no row.
 
-        A symbolic one is "symbolic": following it would move another branch.
+        A symbolic one is "symbolic": following it would move another branch. With `busy`, one that
+        is checked out somewhere is that word.
         """
+        known = f"%(if)%(worktreepath)%(then){busy}%(else)%(objectname)%(end)" if busy \
+            else "%(objectname)"
         rows = self.git("for-each-ref", "--format=%(refname) %(if)%(symref)%(then)symbolic%(else)"
-                        "%(objectname)%(end)", *names).splitlines()
+                        f"{known}%(end)", *names).splitlines()
         found = dict(os.fsdecode(row).rsplit(" ", 1) for row in rows)
         return {name: found[name] for name in names if name in found}
 
@@ -2734,7 +2740,10 @@ def stamp_of(status: os.stat_result) -> bytes:
 
 
 def entry_of(path: bytes, status: os.stat_result) -> Entry:
-    """Read a file or symlink into an (untracked) Entry."""
+    """Read a file, a symlink, or the names in a folder, into an (untracked) Entry."""
+    if stat.S_ISDIR(status.st_mode):
+        names = b"\0".join(sorted(os.listdir(path)))
+        return Entry(stat.S_IFDIR, "", hashlib.sha256(names).digest(), len(names))
     if stat.S_ISLNK(status.st_mode):
         target = os.readlink(path)
         return Entry(SYMLINK_MODE, "", hashlib.sha256(target).digest(), len(target))
@@ -3253,9 +3262,11 @@ def _violation(change: Change, tree: Tree, rules: CensusRules) -> Optional[Reaso
 def _violation_of_new(path: bytes, status: os.stat_result, rules: CensusRules) -> Optional[Reason]:
     name = path.decode("utf-8", "replace")
     parts = [part.lower() for part in name.split("/")]
+    # what any git takes for .git: with dots, blanks or a stream after it, by its short name
+    plain = [part.split(":")[0].rstrip(" .") for part in re.split(r"[/\\]", name.lower())]
     ladder = [
         (not name.isprintable() or "\ufffd" in name, Reason.CONTROL),
-        (".git" in parts, Reason.GITLINK),
+        (not {".git", "git~1"}.isdisjoint(plain), Reason.GITLINK),
         (stat.S_ISLNK(status.st_mode), Reason.SYMLINK),
         (not stat.S_ISREG(status.st_mode), Reason.SPECIAL),
         (path in rules.hidden or rules.scope.seals(path), Reason.SEAL_CREATED),
@@ -3346,9 +3357,9 @@ class OutsideSeal:
             root = os.fsencode(os.path.realpath(os.path.expanduser(text)))
             try:
                 status = os.lstat(root)
-                rows = [(root, status)] if not stat.S_ISDIR(status.st_mode) else [
-                    (os.path.join(root, path), status) for path, status in scan(root)
-                    if not stat.S_ISDIR(status.st_mode)]
+                rows = [(root, status)]
+                if stat.S_ISDIR(status.st_mode):
+                    rows += [(os.path.join(root, path), status) for path, status in scan(root)]
                 for path, status in rows:
                     self.entries[path] = entry_of(path, status)
                     self.stamps[path] = stamp_of(status)
@@ -3550,11 +3561,13 @@ class Cleanroom:
         tree.make_pristine(manifest)
         if outputs:
             tree.add_files(outputs)
+        open_for_runner(setting.config, os.fsdecode(tree.root), 0o755)
         tree.dirty = True
         before = setting.outside.check()
         capture = Capture(gauge.finder)
         cwd = os.path.join(os.fsdecode(tree.root), os.fsdecode(setting.top))
         with private_folder(self.tmp) as scratch:
+            open_for_runner(setting.config, scratch, 0o777)
             env = {**setting.env, "SCALARLOOP_SEED": str(seed), "TMPDIR": scratch,
                    "XDG_CACHE_HOME": os.path.join(scratch, "cache")}
             if setting.config.metric.home == "private":
@@ -3636,6 +3649,12 @@ def resolve_command(command: Sequence[str], cwd: str) -> List[str]:
     else:
         found = shutil.which(program, path=search_path())
     return [found or program, *command[1:]]
+
+
+def open_for_runner(config: Config, path: str, mode: int) -> None:
+    """Let a runner that is another user (sudo -u bench) pass through a folder of ours."""
+    if config.metric.runner:
+        os.chmod(path, mode)
 
 
 def with_runner(runner: Sequence[str], argv: List[str], places: Dict[str, str]) -> List[str]:
@@ -4275,7 +4294,7 @@ class State:
         self.stopped = ""
         self.due, self.due_before, self.moved_on = -1, -1, False    # records that are handed back
         self.unproven = 0
-        self.sessions = 0
+        self.sessions = self.more_until = 0
         self.check_ins = 0
 
     def advance(self, record: Record) -> None:
@@ -4312,6 +4331,7 @@ class State:
         self.stopped = ""
         self.sessions += 1
         self.failures = self.voids = 0
+        self.more_until = self.config["loop"]["iterations"] if record["more"] else 0
         if record["more"]:
             self.since_keep = self.give_ups = 0
 
@@ -4351,6 +4371,7 @@ class State:
 
     def _on_stop(self, record: Record) -> None:
         self.stopped = record["reason"]
+        self.more_until = 0
         self.elapsed = max(self.elapsed, record["elapsed"])
         self.check_ins += record["reason"] == "check_in"
 
@@ -5017,9 +5038,14 @@ class StateLock:
             path = json.loads(os.pread(self._file, 4096, 0) or b"{}").get("tmp", "")
         except (ValueError, AttributeError, RecursionError):
             return ""
-        base = os.path.basename(str(path))
-        known = base.startswith("scalarloop-") and os.path.isdir(path) and not os.path.islink(path)
-        return path if known and os.lstat(path).st_uid == os.geteuid() else ""
+        folder, base = os.path.split(str(path))
+        places = [os.path.realpath(place) for place in (tempfile.gettempdir(), "/var/tmp")]
+        if not re.fullmatch(r"scalarloop-[0-9a-f]{6}", base) or folder not in places \
+                or not os.path.isdir(path):
+            return ""
+        status = os.lstat(path)
+        ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+        return path if ours and stat.S_IMODE(status.st_mode) in (0o700, 0o711) else ""
 
     def release(self, undo: bool) -> None:
         """Let go; with `undo` also remove what acquiring created, if nothing else is in there."""
@@ -5275,6 +5301,8 @@ class Run:
         """Return what a program may write, read and reach; only the holdout sees its files."""
         hidden = self.isolation.secrets if key != "holdout" else self.isolation.state
         network = key in ("agent", "setup") or self.config.metric.network == "allow"
+        if self.isolation.level == "external" and key not in ("agent", "canary"):
+            return Fence("portable")        # the user's runner isolates it
         try:
             return replace(self.isolation.fence, writable=tuple(writable), hidden=tuple(hidden),
                            network=network)
@@ -5691,11 +5719,16 @@ def publish(run: Run) -> None:
     if run.ledger is None:
         return
     run.ledger.check()
-    found = run.user.repo.refs([branch, anchor_ref])
+    found = run.user.repo.refs([branch, anchor_ref], busy="checked-out")
     at = found.get(branch, "")
     if found.get(anchor_ref, "") != run.anchor:
         raise RecordBroken(f"{anchor_ref} is no longer where this run left it; it was left alone")
     tips = [state.base, *(commit for _, commit, _ in state.keeps)]
+    if at == "checked-out" and run.handed == state.tip:
+        at = state.tip      # nothing of it is to be moved
+    if at == "checked-out":
+        raise RecordBroken(f"branch {run.config.loop.branch} is checked out, so it was left alone; "
+                           "switch to another branch and start again")
     if at and at not in tips:
         raise RecordBroken(f"branch {run.config.loop.branch} is no longer where this run left it "
                            f"(at {at[:12]}); it was left alone. Move it back to {tips[-1][:12]}, "
@@ -6008,6 +6041,7 @@ def run_command(config: Config, options: Options, terminal: Terminal, watch: Wat
         if stale:
             remove_tree(stale)
         with private_folder(work_folder(), lock.note) as tmp:
+            open_for_runner(config, tmp, 0o711)
             user = open_user_repository(find_git(), private_home(tmp), config.folder)
             if options.new and begun:
                 begin_anew(config, user)
@@ -6186,9 +6220,9 @@ def resume(config: Config, options: Options, user: UserRepository, tmp: str, ter
     if others:
         raise Refused(f"config: {', '.join(others)} changed since the run began; change it back, or "
                       "begin anew with --new")
-    if options.more:
-        config = replace(config, loop=replace(
-            config.loop, iterations=state.iterations + options.more))
+    until = state.iterations + options.more if options.more else state.more_until
+    if until:       # also of a session that was killed before it got there
+        config = replace(config, loop=replace(config.loop, iterations=until))
     anchored, seq = check_anchor(user, config, path, secret)
     if state.stopped in FINAL_STOPS and not options.more and seq == last["seq"] \
             and stop_reason(config, state, state.elapsed):
@@ -6211,6 +6245,7 @@ def resume(config: Config, options: Options, user: UserRepository, tmp: str, ter
                                       work_tree="", cwd=config.state_folder))
     if not os.path.isdir(store.repo.git_dir):
         raise StoreDamaged(f"store: {store.repo.git_dir} is gone; begin anew with --new")
+    clear_store(store)
     run = open_run(gate, config, replace(user, head=state.base), store,
                    config.state_folder, tmp, watch, terminal, scope, argv, state.base, state.tip)
     gate.demand()
@@ -6224,11 +6259,27 @@ def resume(config: Config, options: Options, user: UserRepository, tmp: str, ter
     run_setup(run)
     learn_folders(run)
     run.ledger = Ledger(path, secret, last["seq"] + 1, last["hash"])
-    run.record("resume", config=config.resolved(), limits=limits, more=options.more, **now)
+    run.record("resume", config=config.resolved(), limits=limits,
+               more=until - state.iterations if until else 0, **now)
     terminal.say(f"resuming     after #{state.iterations}, best {format_number(state.best)} "
                  f"(baseline {format_number(state.baseline)}); isolation {run.isolation.level}")
     publish(run)
     return run
+
+
+def clear_store(store: Store) -> None:
+    """Drop what a git that died may have left half-written; what counts stands in flushed packs."""
+    root = store.repo.git_dir
+    for name in os.listdir(os.path.join(root, "objects")):
+        if re.fullmatch(r"[0-9a-f]{2}|tmp_.*", name):
+            remove_tree(os.path.join(root, "objects", name))
+    for name in ("candidate", "anchor"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(root, "refs", "scalarloop", name))
+    for folder, _, names in os.walk(root):
+        for name in names:
+            if name.endswith(".lock") or name.startswith("tmp_"):
+                os.unlink(os.path.join(folder, name))
 
 
 def how_to_go_on(reason: str) -> str:
@@ -6547,6 +6598,7 @@ def check_command(config: Config, options: Options, terminal: Terminal, watch: W
     """Pass the gate of a new run in a temporary folder; nothing is left behind."""
     gate = Gate()
     with private_folder(work_folder()) as tmp:
+        open_for_runner(config, tmp, 0o711)
         try:
             check_lock(gate, config)
             user = open_user_repository(find_git(), private_home(tmp), config.folder)

@@ -9,12 +9,13 @@ import os
 import shutil
 import subprocess
 import textwrap
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
 import pytest
 
-from conftest import Project, Result
+from conftest import Project, Result, make_project, pin
 
 AGENTS = Path(__file__).resolve().parent / "agents"
 MARK = "SCALARLOOP_TEST_NIGHT"
@@ -111,7 +112,7 @@ def set_up_program(project: Project) -> None:
     project.write(".gitignore", "__pycache__/\n*.pyc\nnode_modules/\nbuild/\nout/\n")
     project.write("node_modules/lib/weight.txt", "1\n")
     project.config["loop"].update(share="node_modules")
-    project.config["metric"].update(bounds="0 *", timeout="2s", git="yes")
+    project.config["metric"].update(bounds="0 *", timeout="3s", git="yes")
     project.config["holdout"] = {"command": f"{project.python} -c 'print(\"METRIC value=1\")'",
                                  "files": "data/holdout.txt"}
 
@@ -284,6 +285,8 @@ night("git", """
     d33_attack_the_loop.link_root           violation census.failed
     d33_attack_the_loop.file_root           violation census.failed
     d33_attack_the_loop.locked_folders
+    d33_attack_the_loop.locked_in_scope     violation census.unreadable !root
+    d33_attack_the_loop.locked_root         violation census.unreadable !root
     d33_attack_the_loop.deep_scratch
     d33_attack_the_loop.link_scratch
     d33_attack_the_loop.delete_scratch
@@ -420,25 +423,32 @@ night("split", """
 class Night:
     """One run of the loop over acts, and what it left."""
 
-    def __init__(self, name: str, project: Project, rows: List[Row]):
-        self.project, self.rows = project, rows
-        self.home = home = Path(os.environ["HOME"])
-        self.mark = f"{name}-{os.getpid()}"
-        self.precious = home / "precious"
-        self.precious.mkdir(mode=0o500)
-        project.config["metric"]["command"] = f"{project.python} metric.py"
-        project.config["loop"]["ignore"] = "src/.no-such-dropping"
-        SET_UPS[name](project)
-        project.commit("set up")
-        self.acts = [row.act for row in rows] + ["play.lower"]
-        for section in ("agent", "metric"):
-            project.config[section]["env"] = MARK
-        project.config["agent"]["command"] = " ".join([project.python, str(AGENTS / "play.py"), *self.acts])
-        project.config["loop"].update(iterations=len(self.acts), patience=1000, give_ups=1000)
-        self.before = project.fingerprint()
-        self.result = project.run(env={MARK: self.mark}, timeout=300)
-        self.left_in_tmp, self.left_running = project.leftovers(), processes_with(self.mark)
-        self.records = project.iterations() if (project.state / "ledger.jsonl").exists() else []
+    def __init__(self, name: str, folder: Path, rows: List[Row]):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            pin(monkeypatch, folder)
+            self.project = project = make_project(folder)
+            self.home, self.tmp, self.mark = folder / "home", folder / "tmp", f"{name}-{os.getpid()}"
+            self.precious = self.home / "precious"
+            self.precious.mkdir(mode=0o500)
+            project.config["metric"]["command"] = f"{project.python} metric.py"
+            SET_UPS[name](project)
+            self.acts = [row.act for row in rows] + ["play.lower"]
+            project.config["agent"]["command"] = " ".join(
+                [project.python, str(AGENTS / "play.py"), *self.acts])
+            project.config["loop"].update(iterations=len(self.acts), patience=1000, give_ups=1000)
+            for section in ("agent", "metric"):
+                project.config[section]["env"] = MARK
+            project.commit("set up")
+            self.before = project.fingerprint()
+            self.env = {**os.environ, MARK: self.mark}
+
+    def spend(self) -> "Night":
+        """Run the loop to its end, in a thread of its own."""
+        self.result = self.project.run(env=self.env, timeout=400)
+        self.left_in_tmp, self.left_running = os.listdir(self.tmp), processes_with(self.mark)
+        ledger = self.project.state / "ledger.jsonl"
+        self.records = self.project.iterations() if ledger.exists() else []
+        return self
 
     def record_of(self, row: Row) -> Optional[Dict[str, Any]]:
         """Return the iteration that played an act."""
@@ -458,23 +468,20 @@ def processes_with(mark: str) -> List[str]:
     return found
 
 
-NIGHTS: Dict[str, Night] = {}
-
-
-def spend(name: str, request: Any) -> Night:
-    """Return a night of the selected rows; the first test that asks for it runs it."""
-    if name not in NIGHTS:
-        rows = [item.callspec.params["row"] for item in request.session.items
-                if "row" in getattr(getattr(item, "callspec", None), "params", {})
-                and not any(mark.args[0] for mark in item.iter_markers("skipif"))]
-        rows = [row for row in rows if row.night == name]
-        NIGHTS[name] = Night(name, request.getfixturevalue("project"), rows)
-    return NIGHTS[name]
+@pytest.fixture(scope="module")
+def nights(request: Any, tmp_path_factory: Any) -> Iterator[Dict[str, "Future[Night]"]]:
+    """Begin all nights of the selected rows, two at a time."""
+    rows = [item.callspec.params["row"] for item in request.session.items
+            if "row" in getattr(getattr(item, "callspec", None), "params", {})
+            and not any(mark.args[0] for mark in item.iter_markers("skipif"))]
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(Night(name, tmp_path_factory.mktemp(name), acts).spend)
+               for name in SET_UPS for acts in [[row for row in rows if row.night == name]] if acts}
 
 
 @pytest.mark.parametrize("row", TABLE)
-def test_attack(row: Row, request: Any) -> None:
-    night = spend(row.night, request)
+def test_attack(row: Row, nights: Any) -> None:
+    night = nights[row.night].result()
     record = night.record_of(row)
     assert record, night.result
     assert f"{record['verdict']} {record['reason']}" == row.expected, record
@@ -486,8 +493,10 @@ def test_attack(row: Row, request: Any) -> None:
 
 
 @pytest.mark.parametrize("name", SET_UPS)
-def test_after_the_night(name: str, request: Any) -> None:
-    night = spend(name, request)
+def test_after_the_night(name: str, nights: Any) -> None:
+    if name not in nights:
+        pytest.skip("none of its acts is selected")
+    night = nights[name].result()
     project, branch = night.project, "scalarloop/t"
     assert night.result.code == 0, night.result
     assert name == "trusting" or night.records[-1]["verdict"] == "keep", night.records[-1]
@@ -500,7 +509,7 @@ def test_after_the_night(name: str, request: Any) -> None:
     assert commits == [row["commit"] for row in night.records if row["commit"]]
     assert project.git("diff", "--name-only", "main", branch, "--", ":!src", ":!lib") == ""
     assert project.git("diff", "--name-only", "main", branch, "--", "src/sealed") == ""
-    verified = project.run("verify", config=False, env={"PYTHONNOUSERSITE": "1"})
+    verified = project.run("verify", config=False, env={**night.env, "PYTHONNOUSERSITE": "1"})
     assert verified.code == 0, verified
 
 

@@ -902,7 +902,7 @@ def test_external_is_the_user_s_claim(yard: Yard, user: str) -> None:
     checked, result = yard.run("check"), yard.run()
     assert result.code == 0 and yard.verdicts() == [KEPT], result
     ran = [line.split() for line in (yard.base / "run" / "ran").read_text().splitlines()]
-    assert len(ran) > 8 and all(room == cwd and "/room-" in room and scratch.startswith(os.path.dirname(room))
+    assert len(ran) > 8 and all(room == cwd.rstrip("/") and "/room-" in room and scratch.startswith(os.path.dirname(room))
                                 for room, cwd, scratch in ran), ran
     assert yard.ledger()[0]["isolation"]["level"] == "external"
     lines = [line for line in checked.out.splitlines() if "isolation" in line]
@@ -937,3 +937,47 @@ def test_a_runner_that_is_another_user(yard: Yard, user: str) -> None:
     text = (yard.state / "iterations" / "0001" / "metric.log").read_text()
     assert all(f"ACT metric {act} E" in text for act in acts) and " ok\n" not in text, text
     assert yard.snapshot() == before and yard.leftovers() == [] and yard.processes() == []
+
+
+# ---- more of the same
+
+@pytest.mark.slow
+@both_users
+@every_level
+def test_five_gigabytes_of_output(level: str, user: str) -> None:
+    if user == "root" and os.geteuid() != 0:
+        pytest.skip("NOT ROOT: runs of root UNTESTED")
+    flood = next(threat for turn in TURNS for threat in turn if threat.act == "h50_exhaust.log")
+    siege = Siege(user, level, [[flood]], {"agent": {"timeout": "5m"}}, env={"SCALARLOOP_TEST_FLOOD": "5000"})
+    assert siege.codes() == [0] and [row["verdict"] for row in siege.records] == ["keep", "keep"]
+    assert siege.yard.hwm < 64 << 10 and all(len(text) < 3 << 20 for text in siege.logs.values())
+    assert siege.answers["h50_exhaust.log"] == {"ok"}
+    siege.yard.clear()
+
+
+@pytest.mark.slow
+@both_users
+@pytest.mark.parametrize("level", ["landlock", "namespaces"])
+def test_out_of_memory_the_agent_goes_first(yard: Yard, level: str, user: str) -> None:
+    """In a control group that holds the loop and a third of what the agent asks for."""
+    groups = [Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")]
+    parent = next((group for group in groups if (group / "cgroup.procs").exists()), None)
+    group = (parent or groups[0]) / f"scalarloop-test-{os.getpid()}-{level}-{user}"
+    limits = ("memory.limit_in_bytes", "memory.max")
+    try:
+        group.mkdir()
+        next(group / name for name in limits if (group / name).exists()).write_text(str(200 << 20))
+        os.chown(group / "cgroup.procs", yard.uid, -1)
+    except (OSError, StopIteration):
+        pytest.skip("NO control group for memory HERE: what the kernel kills first UNTESTED")
+    try:
+        yard.config["isolation"]["level"] = level
+        yard.plan({"agent": ["h50_exhaust.too_much_memory"], "metric": []}, HONEST)
+        yard.lay_out()
+        enter = ("sh", "-c", f"echo $$ > {group}/cgroup.procs && exec \"$@\"", "sh")
+        result = yard.run(prefix=enter)
+        assert result.code == 0 and yard.verdicts() == [KEPT, KEPT], result
+        log = (yard.state / "iterations" / "0001" / "agent.log").read_text()
+        assert "asking" in log and "got it" not in log
+    finally:
+        group.rmdir()

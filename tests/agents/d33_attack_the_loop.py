@@ -26,14 +26,26 @@ def file_root():
     Path(root).write_text("x")
 
 
-def locked_folders():
-    """Folders that an ordinary user can't simply delete."""
+def lock(base):
+    """Make folders that an ordinary user can't simply delete."""
     lower()
-    for base in ("src/locked", os.environ["TMPDIR"] + "/locked"):
-        Path(base, "inner").mkdir(parents=True)
-        Path(base, "inner", "file").write_text("x")
-        os.chmod(Path(base, "inner"), 0)
-        os.chmod(base, 0o500)
+    Path(base, "inner").mkdir(parents=True)
+    Path(base, "inner", "file").write_text("x")
+    os.chmod(Path(base, "inner"), 0)
+    os.chmod(base, 0o500)
+
+
+def locked_folders():
+    lock(os.environ["TMPDIR"] + "/locked")
+
+
+def locked_in_scope():
+    lock("src/locked")
+
+
+def locked_root():
+    lower()
+    os.chmod(".", 0)
 
 
 def deep_scratch():

@@ -33,6 +33,13 @@ def memory():
     held[::4096] = b"x" * (len(held) // 4096)
 
 
+def too_much_memory():
+    """For a group of processes that may have a third of it: the kernel must kill somebody."""
+    print("asking", flush=True)
+    held = [bytearray(MEGABYTE) for _ in range(600)]
+    print("got it", len(held))
+
+
 def disk():
     """Left in the temporary folder."""
     with open(Path(os.environ["TMPDIR"], "flood"), "wb") as stream:
