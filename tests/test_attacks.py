@@ -221,7 +221,7 @@ night("turn", """
     a10_glob_laxity.add_to_seal_inside_scope violation seal.created
     a10_glob_laxity.seal_becomes_folder     violation seal.retyped
     a10_glob_laxity.rules_become_folder     violation seal.retyped
-    a10_glob_laxity.seal_folder_becomes_file violation seal.deleted
+    a10_glob_laxity.seal_folder_becomes_file violation seal.created
     a10_glob_laxity.all_gone                crash metric.exit
     a10_glob_laxity.honest
     a10_glob_laxity.honest_folder_for_file

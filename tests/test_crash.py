@@ -1,4 +1,4 @@
-"""The power cord: whatever call fails, and wherever the process dies, the next start goes on as if nothing was.
+"""The power cord: whatever call fails, wherever the process dies, the next start goes on from there.
 
 `pytest -m slow tests/test_crash.py` tries every call of a run; the default run a share of them.
 """
@@ -195,7 +195,7 @@ def sweep(cord: Cord, whole: Outcome, tmp_path: Path, mode: str, numbers: Iterab
     return tried
 
 
-MODES = {"kill": 41, "fail": 43, "git": 17, "full": 83}     # the default run tries every so-manieth call
+MODES = {"kill": 59, "fail": 61, "git": 23, "full": 101}     # the default run tries every so-manieth call
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -410,6 +410,16 @@ def test_a_lock_that_names_another_folder_deletes_nothing(cord: Cord, kind: str)
     assert (victim / "file").read_text() == "stays"
 
 
+@pytest.mark.parametrize("lines", [0, 1, 1.5])
+def test_a_ledger_that_never_got_its_baseline_begins_anew(cord: Cord, lines: float) -> None:
+    """Nothing was decided yet: what a start that died in its first write left is written over."""
+    interrupted(cord, 2)
+    whole = cord.project.lines()
+    cord.project.put_ledger(b"".join(whole[:int(lines)]) + whole[int(lines)][:9 if lines % 1 else 0])
+    go_on(cord)
+    assert [record["type"] for record in cord.project.ledger()].count("resume") == 0
+
+
 def blob_path(git_dir: Path, data: bytes) -> Path:
     """Return where git keeps these bytes as a loose object."""
     oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
@@ -500,6 +510,7 @@ def check_one_won(cord: Cord, results: List[Result]) -> None:
     (12, 12), pytest.param(1000, 40, marks=pytest.mark.slow)])
 def test_of_many_starts_one_wins(cord: Cord, count: int, at_once: int) -> None:
     cord.project.agent(WAITING.format(folder=str(cord.folder)))
+    cord.project.save_config()
     check_one_won(cord, start_many(cord, count, at_once))
 
 
@@ -624,7 +635,7 @@ def test_a_kill_while_the_old_run_is_set_aside_loses_no_run(cord: Cord, tmp_path
                or words[0] == "mkdir" and words[1].endswith("scalarloop/t.1")
                or words[0] == "spawn" and "update-ref" in words]
     assert len(renames) >= 3, kinds
-    for number in renames[::2]:
+    for number in renames[::3]:
         cut = copied()
         dead = cut.start("--new", program=(str(FAULTS), "kill", str(number), str(cut.folder / "log")))
         assert dead.code == -9, dead

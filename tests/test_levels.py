@@ -925,6 +925,8 @@ def test_a_runner_that_is_another_user(yard: Yard, user: str) -> None:
     yard.config["metric"].update(runner=f"setpriv --reuid {NOBODY} --regid {NOBODY} --clear-groups --",
                                  command=f"{yard.python} metric.py")
     yard.config["isolation"]["level"] = "external"
+    yard.config["source"] = {"metric.py": METRIC.replace('"build"', 'os.environ["TMPDIR"] + "/build"')
+                             .replace('"build/out"', 'os.environ["TMPDIR"] + "/build/out"')}
     acts = ["d33_reach_the_loop.kill", "d34_write_outside.work_tree", "d34_write_outside.dotfiles",
             "d34_write_outside.ledger_append", "b22_read_secrets.key", "b22_read_secrets.state_folder"]
     yard.plan({"agent": [], "metric": acts}, HONEST)

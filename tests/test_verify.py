@@ -1,4 +1,4 @@
-"""`verify`: every tampering with a finished run is found and named; honest differences only warn; replay measures again."""
+"""`verify`: every tampering with a finished run is found and named; honest differences only warn."""
 from __future__ import annotations
 
 import json
@@ -7,6 +7,8 @@ import random
 import re
 import shutil
 import stat
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
@@ -248,9 +250,9 @@ def plant(project: Project, parent: str, path: str, text: str, message: str = "p
     oid = project.git("hash-object", "-w", "--no-filters", str(blob))
     index = {**os.environ, "GIT_INDEX_FILE": str(project.tmp / "planted.index")}
     for words in (["read-tree", parent], ["update-index", "--cacheinfo", f"100644,{oid},{path}"]):
-        scalarloop.subprocess.run(["git", *words], cwd=project.root, env=index, check=True)
-    tree = scalarloop.subprocess.run(["git", "write-tree"], cwd=project.root, env=index, check=True,
-                                     stdout=scalarloop.subprocess.PIPE).stdout.decode().strip()
+        subprocess.run(["git", *words], cwd=project.root, env=index, check=True)
+    tree = subprocess.run(["git", "write-tree"], cwd=project.root, env=index, check=True,
+                                     stdout=subprocess.PIPE).stdout.decode().strip()
     return project.git("commit-tree", tree, "-p", parent, "-m", message)
 
 
@@ -273,8 +275,7 @@ def smuggle(project: Project, path: str, text: str, after: bool = False) -> None
     tail = [keep, {**stop, "best": 70.0, "tip": commit}]
     project.put_ledger(chained(records[:place] + tail))
     project.git("update-ref", f"refs/heads/{BRANCH}", commit)
-    if not after:
-        move_anchor(project)
+    move_anchor(project)
 
 
 def anchor(project: Project, message: str) -> None:
@@ -282,8 +283,8 @@ def anchor(project: Project, message: str) -> None:
     blob = project.git("hash-object", "-w", "--no-filters", str(project.state / "ledger.jsonl"))
     (project.tmp / "listing").write_text(f"100644 blob {blob}\tledger.jsonl\n")
     with open(project.tmp / "listing", "rb") as listing:
-        tree = scalarloop.subprocess.run(["git", "mktree"], cwd=project.root, stdin=listing, check=True,
-                                         stdout=scalarloop.subprocess.PIPE).stdout.decode().strip()
+        tree = subprocess.run(["git", "mktree"], cwd=project.root, stdin=listing, check=True,
+                                         stdout=subprocess.PIPE).stdout.decode().strip()
     project.git("update-ref", ANCHOR, project.git("commit-tree", tree, "-m", message))
 
 
@@ -300,7 +301,7 @@ def loosen(project: Project) -> None:
         aside = project.tmp / pack.name
         shutil.move(str(pack), aside)
         with open(aside, "rb") as stream:
-            scalarloop.subprocess.run(["git", "unpack-objects", "-q"], cwd=project.root, stdin=stream,
+            subprocess.run(["git", "unpack-objects", "-q"], cwd=project.root, stdin=stream,
                                       check=True)
         for rest in packs.glob(pack.stem + ".*"):
             rest.unlink()
@@ -343,7 +344,7 @@ def test_a_forged_object_name_is_not_taken_for_an_option(finished: Project, tmp_
 @pytest.mark.parametrize("act", [
     change_a_byte, drop_a_line, double_a_line, swap_two_lines, tear_the_last_line,
     put_an_older_copy_back, chain_anew_with_a_better_number, move_the_anchor_to_something_else,
-    move_the_anchor_to_a_blob, put_garbage_into_the_anchor, let_the_anchor_name_a_record_to_come,
+    move_the_anchor_to_a_blob, let_the_anchor_name_a_record_to_come,
     amend_a_kept_commit], ids=lambda act: act.__name__)
 def test_a_start_does_not_go_on_from_a_record_that_is_broken(finished: Project, act: Tamper) -> None:
     """It looks at chain, anchor and branch; the rest is for `verify`."""
@@ -355,6 +356,33 @@ def test_a_start_does_not_go_on_from_a_record_that_is_broken(finished: Project, 
     assert before.startswith(b"".join(finished.lines()))
     if act is not tear_the_last_line:
         assert b"".join(finished.lines()) == before
+
+
+def test_a_start_does_not_go_on_past_an_anchor_that_is_no_ref(finished: Project) -> None:
+    put_garbage_into_the_anchor(finished)
+    tip = finished.git("rev-parse", BRANCH)
+    result = finished.call("--more", "1")
+    assert result.code in (1, 4) and ANCHOR in result.err and len(result.err.splitlines()) == 1, result
+    assert finished.git("rev-parse", BRANCH) == tip
+
+
+@pytest.mark.parametrize("act", [change_a_byte, swap_two_lines, chain_anew_with_a_better_number,
+                                 move_the_branch_back, delete_the_anchor, tear_the_last_line],
+                         ids=lambda act: act.__name__)
+def test_a_broken_record_can_be_set_aside(finished: Project, act: Tamper) -> None:
+    """`--new` keeps it, branch included; only a branch that can't be told for this run's is in the way."""
+    act(finished)
+    broken, tip = b"".join(finished.lines()), finished.git("rev-parse", BRANCH)
+    result = finished.run("--new")
+    if result.code == 2:
+        assert "branch" in result.err and "rename it" in result.err, result
+        finished.git("branch", "-m", BRANCH, "aside")
+        result = finished.run("--new")
+    assert result.code == 0, result
+    aside = finished.state.with_name("t.1")
+    assert (aside / "ledger.jsonl").read_bytes() == broken
+    assert tip in finished.git("for-each-ref", "--format=%(objectname)", "refs/heads")
+    assert finished.call("verify").code == 0
 
 
 def test_a_start_refuses_an_empty_ledger_beside_an_anchor(finished: Project) -> None:
@@ -392,7 +420,7 @@ def test_a_record_that_is_ahead_of_its_hand_back_is_not_called_broken(finished: 
     anchor(finished, f"seq {place} hash {first['hash']}\n")
     result = finished.call("verify")
     assert result.code == 0 and "warning" in result.out, result
-    finished.git("update-ref", "-d", f"refs/heads/{BRANCH}")       # two behind: not where it was left
+    finished.git("update-ref", f"refs/heads/{BRANCH}", plant(finished, "HEAD", "x", "somebody else's"))
     assert finished.call("verify").code == 4
 
 
@@ -416,8 +444,8 @@ def test_a_scope_widened_in_loop_ini_does_not_widen_what_was_allowed(finished: P
 def test_another_tool_is_a_warning(finished: Project, tmp_path: Path) -> None:
     other = tmp_path / "other.py"
     other.write_bytes(TOOL.read_bytes() + b"# one more comment\n")
-    done = scalarloop.subprocess.run([finished.python, str(other), "verify", "loop.ini"],
-                                     cwd=finished.root, stdout=-1, stderr=-1)
+    done = subprocess.run([finished.python, str(other), "verify", "loop.ini"],
+                                     cwd=finished.root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert done.returncode == 0 and b"warning  this scalarloop.py is not" in done.stdout
 
 
@@ -426,8 +454,8 @@ def test_a_clock_that_went_backwards_is_a_warning(project: Project, tmp_path: Pa
     project.save_config()
     log = str(tmp_path / "clock.log")
     faults = str(Path(__file__).with_name("faults.py"))
-    done = scalarloop.subprocess.run([project.python, faults, "clock", "4", log, "loop.ini"],
-                                     cwd=project.root, stdout=-1, stderr=-1)
+    done = subprocess.run([project.python, faults, "clock", "4", log, "loop.ini"],
+                                     cwd=project.root, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert done.returncode == 0, done
     assert os.path.exists(log)
     result = project.call("verify")
@@ -696,3 +724,41 @@ def test_no_ledger_makes_a_reader_fall_over(finished: Project) -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_no_ledger_of_ten_thousand_makes_a_reader_fall_over(finished: Project, seed: int) -> None:
     fuzz(finished, 1000 + seed, 500, quiet)
+
+
+def fuzz_start(once: Project, folder: Path, seed: int, count: int) -> None:
+    """Start from so many ledgers: the run goes on or stops with a documented code and plain lines."""
+    def one(number: int) -> str:
+        chance = random.Random(seed * 100_000 + number)
+        root = folder / str(number)
+        (root / "tmp").mkdir(parents=True)
+        shutil.copytree(once.root, root / "project", symlinks=True)
+        copy = Project(root / "project", root)
+        copy.config = once.config
+        before, tip = copy.fingerprint(), copy.git("rev-parse", BRANCH)
+        copy.put_ledger(mutated(chance, b"".join(once.lines()), once.ledger()))
+        if chance.random() < .7:        # with its anchor most of these would end at once
+            copy.git("update-ref", "-d", ANCHOR)
+        result = copy.run(*chance.choice(([], ["--more", "1"])), config=False,
+                          env={"TMPDIR": str(root / "tmp")})
+        if result.code not in (0, 1, 2, 4) or "Traceback" in result.err + result.out \
+                or copy.fingerprint() != before or os.listdir(root / "tmp") \
+                or result.code and not result.err and "void" not in result.out:
+            return f"ledger {number} of seed {seed} in {root}: {result}"
+        if result.code == 4 and copy.git("rev-parse", BRANCH) != tip:
+            return f"ledger {number} of seed {seed} in {root}: the branch was moved"
+        shutil.rmtree(root)
+        return ""
+
+    with ThreadPoolExecutor(2) as pool:
+        problems = [text for text in pool.map(one, range(count)) if text]
+    assert not problems, f"{len(problems)} of {count}:\n" + "\n".join(problems)
+
+
+def test_no_ledger_makes_a_start_fall_over(finished_once: Project, tmp_path: Path) -> None:
+    fuzz_start(finished_once, tmp_path, 1, 24)
+
+
+@pytest.mark.slow
+def test_no_ledger_of_a_thousand_makes_a_start_fall_over(finished_once: Project, tmp_path: Path) -> None:
+    fuzz_start(finished_once, tmp_path, 2, 1000)

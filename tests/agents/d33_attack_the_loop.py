@@ -51,7 +51,7 @@ def locked_root():
 def deep_scratch():
     lower()
     os.chdir(os.environ["TMPDIR"])
-    for _ in range(3000):
+    for _ in range(1500):
         os.mkdir("d")
         os.chdir("d")
 

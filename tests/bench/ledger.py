@@ -1,5 +1,6 @@
-"""How long a long ledger takes to resume from, and how much memory: `python tests/bench/ledger.py [ITERATIONS]`.
+"""How long a long ledger takes to resume from, and with how much memory.
 
+`python tests/bench/ledger.py [ITERATIONS]` (100,000 unless told).
 Prints the processor seconds of json.loads alone over the same lines beside it, in the same process:
 what the chain and the state add to reading.
 """
