@@ -2249,6 +2249,8 @@ class Repository:
             raise GitFailed(f"git can't run in {self.cwd} ({error.strerror})") from None
         if ended.status not in accept:
             lines = errors.log().decode("utf-8", "replace").strip().splitlines()
+            if any("No space left on device" in line for line in lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.git_dir)
             name = next((word for word in args if word != "-c" and "=" not in word), "git")
             raise GitFailed(f"{name} failed ({ended.describe()}): "
                             f"{printable(lines[0]) if lines else 'no message'}")
@@ -4389,7 +4391,7 @@ def stop_reason(config: Config, state: State, elapsed: float) -> str:
     rules = [
         ("target", loop.target is not None and best is not None
          and config.sign * best <= config.sign * loop.target),
-        ("iterations", state.iterations >= loop.iterations),
+        ("iterations", state.iterations - state.counts["void"] >= loop.iterations),
         ("patience", state.since_keep >= loop.patience),
         ("give_ups", state.give_ups >= loop.give_ups),
         ("failures", state.failures >= loop.failures),
@@ -4406,7 +4408,8 @@ STOP_TEXT = {
     "target": "the target is reached", "iterations": "all iterations are done",
     "patience": "nothing was kept for too long", "give_ups": "the agent gave up repeatedly",
     "failures": "the agent failed repeatedly", "void": "the machine failed twice in a row",
-    "constant_metric": "the metric looks constant: no tree ever gave another number; mend it",
+    "constant_metric": "the metric looks constant: no tree ever gave another number; give it "
+                       "a canary, or mend it",
     "max_cost": "the cost limit is reached", "budget": "the time budget is used up",
     "check_in": "paused for a check-in", "interrupted": "interrupted",
     "failed": "the run failed", "store": "the store is damaged",
@@ -4439,7 +4442,9 @@ def resolve_agent(config: Config) -> List[str]:
         argv = resolve_command(agent.command, config.folder)
     else:
         argv = resolve_adapter(agent.adapter, config.folder)
-    if not os.path.isfile(argv[0]) or not os.access(argv[0], os.X_OK):
+    if os.path.isfile(argv[0]) and not os.access(argv[0], os.X_OK):
+        raise Refused(f"agent: {argv[0]} is not executable; chmod +x it")
+    if not os.path.isfile(argv[0]):
         raise Refused(f"agent: {argv[0]} is not a program that can be run; install it, or set "
                       "[agent] adapter or command")
     return argv
@@ -4765,7 +4770,9 @@ def check_branch(gate: Gate, config: Config, user: UserRepository, tips: Sequenc
              for row, place in zip(rows[0::2], rows[1::2])}
     blocking = [name for name in names if name.startswith(ref + "/") or ref.startswith(name + "/")]
     if branch == user.branch or names.get(ref):
-        gate.fail("branch", f"{branch} is checked out; set [loop] branch to one of its own")
+        where = os.fsdecode(names.get(ref) or b"here")
+        gate.fail("branch", f"{branch} is checked out ({printable(where)}); switch to another, or set "
+                  "[loop] branch to one of its own")
     elif blocking:
         gate.fail("branch", f"{branch} can't be made while {blocking[0][11:]} exists; rename it or "
                   "set [loop] branch")
@@ -4915,7 +4922,8 @@ def check_commands(gate: Gate, config: Config, user: UserRepository,
         word = os.path.expanduser(command[0])
         path = resolve_command(command, config.folder)[0]
         row = listed.get(os.fsencode(os.path.relpath(os.path.abspath(path), user.top)))
-        shown = printable(command[0])
+        section, _, name = section.partition(" ")
+        shown = (f"{name}: " if name else "") + printable(command[0])
         if os.sep in word and not os.path.isabs(word) and row is None:
             if not word.startswith(shared) and not config.metric.setup:
                 gate.fail(section, f"{shown} is not a tracked file, so the metric won't see it; "
@@ -5743,6 +5751,9 @@ def publish(run: Run) -> None:
             run.packs = [pack_new(run.store, state.tip, state.base)]
     for name in [*run.packs, pack]:
         hand_over(run.store, run.user, name)
+    for ending in (".idx", ".pack", ".rev"):        # the store was only its staging place
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(run.store.packs, pack + ending))
     move_refs(run.user, moves)
     run.anchor, run.packs, run.handed = anchor, [], state.tip if state.keeps else ""
 
@@ -5947,7 +5958,8 @@ def sample(run: Run, gauge: Gauge, gate: Gate, label: str, seconds: List[float]
         run.terminal.doing(f"baseline: {label}, run {len(samples) + 1}")
         found = run.measure(gauge, run.base, 0, fresh_seed(), seconds)
         if found.value is None:
-            gate.fail(label, describe_failure(found))
+            section, _, name = label.partition(" ")
+            gate.fail(section, (f"{name}: " if name else "") + describe_failure(found))
             return [], ""
         samples.append(found.value)
         name = found.name
@@ -6008,6 +6020,9 @@ def check_canary(run: Run, gate: Gate, samples: Sequence[float]) -> None:
             return
     changes = [change for change in scratch.inspect() if not change.kind.startswith("folder")
                and change.path not in scratch.layer.entries]
+    if not changes:
+        gate.fail("canary", "it changes nothing in the tree; choose one that makes the number worse")
+        return
     candidate = make_candidate(run, read_edits(scratch, changes, 1 << 30), run.base, run.user.head)
     duel_canary(run, gate, candidate, samples)
     remove_tree(os.fsdecode(scratch.root))
@@ -6016,6 +6031,11 @@ def check_canary(run: Run, gate: Gate, samples: Sequence[float]) -> None:
 def duel_canary(run: Run, gate: Gate, canary: Snapshot, samples: Sequence[float]) -> None:
     """Let the base and the canary fight: it must lose."""
     run.terminal.doing("canary")
+    if len(set(samples)) == 1 and run.measure(metric_gauge(run.config), canary, 0,
+                                              fresh_seed()).value == samples[0]:
+        gate.fail("canary", "the metric does not see it: the very same number; it would not see a "
+                  "gain either: repair the metric")
+        return
     duel, _ = run.fight_worse(metric_gauge(run.config), run.config.sign, run.base, canary, samples,
                               0.0, lambda: False)
     if duel.outcome is Reason.BETTER:
@@ -6067,9 +6087,16 @@ def has_begun(folder: str) -> bool:
 def begin_anew(config: Config, user: UserRepository) -> None:
     """Set the old run aside for `--new`, if nothing that can be looked at forbids a new one."""
     gate = Gate()
-    state = read_state(config)[0]
-    look_around(gate, config, user, [user.head, state.base, *(row[1] for row in state.keeps)],
-                user.head, fresh=True)
+    state = State()
+    with contextlib.suppress(RecordBroken):     # a broken record is set aside as it is
+        for record in read_ledger(os.path.join(config.state_folder, "ledger.jsonl"),
+                                  ledger_secret(), []):
+            state.advance(record)
+    branch = f"refs/heads/{config.loop.branch}"
+    at = user.repo.refs([branch]).get(branch, "")
+    ours = at and b"\nScalar-Loop-Ledger: " in user.repo.git("cat-file", "commit", at)
+    look_around(gate, config, user, [user.head, state.base, *(row[1] for row in state.keeps),
+                                     *([at] if ours else [])], user.head, fresh=True)
     gate.demand()
     set_aside(config, user)
 
@@ -6162,14 +6189,14 @@ def pass_gate(gate: Gate, config: Config, user: UserRepository, folder: str, tmp
     gate.ok("config", f"{os.path.basename(config.path)} ({config.loop.name})")
     gate.ok("git", f"{user.top} ({user.algorithm})")
     tips = [user.head]
-    begun = os.path.join(config.state_folder, "ledger.jsonl")
-    if os.path.exists(begun):
+    begun = has_begun(config.state_folder)
+    if begun:
         state = read_state(config)[0]
         tips += [state.base, *(commit for _, commit, _ in state.keeps)]
         gate.notice("record", f"a run of {state.iterations} iterations is here; a start would go on "
                     "with it, or begin anew with --new")
     scope, argv, _ = look_around(gate, config, user, tips, user.head, fresh=True)
-    if user.repo.ref(config.anchor_ref) and not os.path.exists(begun):
+    if user.repo.ref(config.anchor_ref) and not begun:
         gate.fail("record", f"{config.anchor_ref} holds the ledger of an earlier run whose "
                   "state folder is gone; give this one another [loop] name, or remove the ref")
     if any(row.state == "FAILED" for row in gate.rows):
@@ -6220,7 +6247,8 @@ def resume(config: Config, options: Options, user: UserRepository, tmp: str, ter
     if others:
         raise Refused(f"config: {', '.join(others)} changed since the run began; change it back, or "
                       "begin anew with --new")
-    until = state.iterations + options.more if options.more else state.more_until
+    done = state.iterations - state.counts["void"]
+    until = done + options.more if options.more else state.more_until
     if until:       # also of a session that was killed before it got there
         config = replace(config, loop=replace(config.loop, iterations=until))
     anchored, seq = check_anchor(user, config, path, secret)
@@ -6230,7 +6258,7 @@ def resume(config: Config, options: Options, user: UserRepository, tmp: str, ter
         terminal.say(f"this run is finished ({state.stopped}); " + how_to_go_on(state.stopped))
         return None
     reason = stop_reason(config, state, state.elapsed) if options.more else ""
-    if reason and reason not in ("iterations", "check_in"):
+    if reason in ("target", "budget", "max_cost", "constant_metric"):   # --more resets the others
         raise Refused(f"--more: the run would stop at once ({reason}); {how_to_go_on(reason)}")
     gate = Gate()
     tips = [state.base, *(commit for _, commit, _ in state.keeps)]
@@ -6260,7 +6288,7 @@ def resume(config: Config, options: Options, user: UserRepository, tmp: str, ter
     learn_folders(run)
     run.ledger = Ledger(path, secret, last["seq"] + 1, last["hash"])
     run.record("resume", config=config.resolved(), limits=limits,
-               more=until - state.iterations if until else 0, **now)
+               more=max(until - done, 0), **now)
     terminal.say(f"resuming     after #{state.iterations}, best {format_number(state.best)} "
                  f"(baseline {format_number(state.baseline)}); isolation {run.isolation.level}")
     publish(run)

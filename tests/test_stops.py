@@ -84,9 +84,6 @@ STOPS: Dict[str, Tuple[Changes, Sequence[str], int, str, List[str]]] = {
                                ["keep", "keep"]),
     "max_cost_counts_rework": ({"agent": {"price_per_turn": 1, "max_cost": 3, "rework": 2}},
                                [write("x"), write(80)], 0, "max_cost", ["crash"]),
-    "budget": ({"loop": {"budget": "2s"}},
-               ["import time; time.sleep(1.2)", "import time; time.sleep(1.2)", write(90),
-                write(80)], 0, "budget", ["no_change", "no_change"]),
     "check_in": ({"loop": {"check_in": 2}}, [write(90), "pass", write(70)], 3, "check_in",
                  ["keep", "no_change"]),
 }
@@ -104,6 +101,16 @@ def test_a_stop_rule(project: Project, name: str) -> None:
     line = next(line for line in result.out.splitlines() if line.startswith("stopped"))
     assert line.endswith(f"({reason})") and line.split()[1] != f"({reason})"
     whole(project)
+
+
+def test_the_budget_is_wall_clock(project: Project) -> None:
+    project.turns("import time; time.sleep(.7)")
+    change(project, {"loop": {"budget": "2s", "iterations": 50}})
+    began = time.monotonic()
+    result = play(project)
+    assert result.code == 0 and stop(project)["reason"] == "budget", result
+    assert time.monotonic() - began >= 2 and len(project.iterations()) <= 3
+    assert "budget" in play(project).out, "finished: it stays used up"
 
 
 def test_a_metric_that_looks_constant(project: Project) -> None:
@@ -384,7 +391,7 @@ def test_a_signal_drops_the_iteration_and_the_run_can_go_on(project: Project, nu
     before = project.fingerprint()
     result, seconds = finish(start(project, mark), number)
     pids = [int(word) for word in Path(f"{mark}.pids").read_text().split()]
-    assert result.code == 130 and not result.err and seconds < 10, (result, seconds)
+    assert result.code == 130 and not result.err and seconds < 15, (result, seconds)
     name = signal.Signals(number).name
     assert f"interrupted by {name}" in result.out and "start again" in result.out, result
     assert len(pids) == 3 and not any(map(is_running, pids))
@@ -404,7 +411,7 @@ def test_a_signal_during_the_baseline_leaves_nothing(project: Project) -> None:
     (project.tmp / "hang.py").write_text(HANG.format(mark=str(mark)))
     project.config["metric"]["command"] = f"sh -c 'python3 {project.tmp}/hang.py; python3 metric.py'"
     result, seconds = finish(start(project, mark), signal.SIGINT)
-    assert result.code == 130 and seconds < 10 and "Traceback" not in result.err, result
+    assert result.code == 130 and seconds < 15 and "Traceback" not in result.err, result
     assert len(result.err.splitlines()) == 1 and "interrupted by SIGINT" in result.err, result
     assert not (project.root / ".scalarloop").exists() and project.leftovers() == []
     assert "scalarloop" not in project.git("for-each-ref")
@@ -418,7 +425,7 @@ def test_an_impatient_user_signals_twice(project: Project) -> None:
     run.send_signal(signal.SIGINT)
     time.sleep(.2)
     result, seconds = finish(run, signal.SIGINT)
-    assert result.code == 130 and seconds < 10 and "Traceback" not in result.err, result
+    assert result.code == 130 and seconds < 15 and "Traceback" not in result.err, result
     assert short(project) == ["keep"] and project.run("verify", config=False).code == 0
 
 

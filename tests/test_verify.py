@@ -249,7 +249,7 @@ def plant(project: Project, parent: str, path: str, text: str, message: str = "p
     blob = project.write("../planted", text)
     oid = project.git("hash-object", "-w", "--no-filters", str(blob))
     index = {**os.environ, "GIT_INDEX_FILE": str(project.tmp / "planted.index")}
-    for words in (["read-tree", parent], ["update-index", "--cacheinfo", f"100644,{oid},{path}"]):
+    for words in (["read-tree", parent], ["update-index", "--add", "--cacheinfo", f"100644,{oid},{path}"]):
         subprocess.run(["git", *words], cwd=project.root, env=index, check=True)
     tree = subprocess.run(["git", "write-tree"], cwd=project.root, env=index, check=True,
                                      stdout=subprocess.PIPE).stdout.decode().strip()
