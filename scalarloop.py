@@ -441,7 +441,7 @@ def key(parse: Callable[[str], Any], default: Any = None, limit: bool = False) -
 
 
 LEVELS = ("portable", "external", "landlock", "namespaces")
-FACTS = ("files_sealed", "modes_sealed", "loop_protected", "secrets_hidden", "sockets_off", 
+FACTS = ("files_sealed", "modes_sealed", "loop_protected", "secrets_hidden", "sockets_off",
          "daemons_killed", "network_off", "usable")
 
 
@@ -755,7 +755,8 @@ def parse_adapter(keys: Dict[str, str], at: str, problems: List[str]) -> Dict[st
     for name, text in keys.items():
         variable = "SCALARLOOP_OPT_" + name.upper().replace("-", "_")
         if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable) or "\0" in text:
-            problems.append(f"{at} {printable(name)}: can't be an option (expected letters, digits and '_')")
+            problems.append(f"{at} {printable(name)}: can't be an option (expected letters, "
+                            f"digits and '_')")
         elif variable in options:
             problems.append(f"{at} {name}: given twice in other letters (expected once)")
         options[variable] = text
@@ -797,7 +798,8 @@ def cross_check(config: Config, given: Dict[str, Dict[str, str]], shown: str) ->
          "[metric] max_gain: is not above min_gain, so nothing could be kept (expected more)"),
         (loop.target is None or (metric.bounds[0] is None or loop.target >= metric.bounds[0])
          and (metric.bounds[1] is None or loop.target <= metric.bounds[1]),
-         "[loop] target: lies outside [metric] bounds, so it can't be reached (expected one inside)"),
+         "[loop] target: lies outside [metric] bounds, so it can't be reached (expected one "
+         "inside)"),
         (config.isolation.level != "external" or bool(metric.runner),
          "[isolation] level: external needs [metric] runner (expected the prefix that isolates)"),
     ]
@@ -2070,7 +2072,8 @@ class Isolation:
     def as_record(self) -> Dict[str, Any]:
         """Return it for the ledger."""
         claimed = {"runner": "claimed"} if self.level == "external" else {}
-        return {"level": self.level, "fence": self.fence.level, **claimed, "notes": list(self.notes), "facts": {
+        return {"level": self.level, "fence": self.fence.level, **claimed,
+                "notes": list(self.notes), "facts": {
             name: {"held": fact.held, "seen": fact.seen}
             for name, fact in ((f.name, getattr(self.facts, f.name))
                                for f in fields(Facts))}}
@@ -2135,7 +2138,8 @@ def choose_isolation(config: Config, tmp: str, state_folder: str, holdout: Seque
     for word in [*required, *([wanted] if wanted not in ("auto", "external") else [])]:
         if order[level] < order[word]:
             why = "; ".join(notes) or f"the best here is {level}"
-            raise Refused(f"isolation: {word} can't be had on this machine ({why}); set [isolation] "
+            raise Refused(f"isolation: {word} can't be had on this machine ({why}); set "
+                          f"[isolation] "
                           "level or require to what it has")
     level = wanted if wanted not in ("auto", "external") else level
     secret = os.environ.get("SCALARLOOP_LEDGER_KEY", "")
@@ -2148,7 +2152,8 @@ def choose_isolation(config: Config, tmp: str, state_folder: str, holdout: Seque
                and getattr(facts, word).held != "yes"]
     if missing:
         seen = "; ".join(f"{word}: {getattr(facts, word).seen or 'no witness'}" for word in missing)
-        raise Refused(f"isolation: not in force at level {level}: {seen}; relax [isolation] require "
+        raise Refused(f"isolation: not in force at level {level}: {seen}; relax [isolation] "
+                      f"require "
                       "or run where it can be had")
     if config.metric.network == "deny" and wanted != "external" and facts.network_off.held != "yes":
         raise Refused(f"isolation: network = deny can't be had at level {level} "
@@ -2179,10 +2184,12 @@ def isolation_rows(config: Config, isolation: Isolation) -> List[Tuple[str, str]
         if name == "network_off" and config.metric.network == "allow":
             continue
         (held if fact.held == "yes" else open_).append((name, words, fact))
-    rows = [("notice", "external: the metric's isolation is what [metric] runner gives, as you claim; "
+    rows = [("notice", "external: the metric's isolation is what [metric] runner gives, as you "
+                       "claim; "
              "it was not witnessed. The agent's:")] if isolation.level == "external" else []
     rows += [("ok", f"{isolation.fence.level}: " + "; ".join(words for _, words, _ in held))]
-    rows += [("notice", f"not in force: {words} ({name}: {printable(fact.seen, 100) or 'no witness'})")
+    rows += [("notice", f"not in force: {words} ({name}: "
+                        f"{printable(fact.seen, 100) or 'no witness'})")
              for name, words, fact in open_]
     return rows + [("notice", f"no better level: {note}") for note in isolation.notes]
 
@@ -2457,7 +2464,8 @@ class Store:
         if not base:
             script.insert(0, b"reset refs/scalarloop/%s\n\n" % ref.encode())
         script.append(b'\nget-mark :1\nls :1 ""\ndone\n')
-        answer = self.repo.git("-c", setting, "fast-import", "--quiet", "--force", "--done", "--cat-blob-fd=1",
+        answer = self.repo.git("-c", setting, "fast-import", "--quiet", "--force", "--done",
+                               "--cat-blob-fd=1",
                                "--date-format=raw", stdin=b"".join(script)).split()
         if len(answer) == 2:        # an empty tree is "missing"
             return answer[0].decode(), self.repo.line("mktree")
@@ -2490,7 +2498,7 @@ class Store:
         inside = replace(self.repo, work_tree=skeleton, cwd=skeleton)
         found = inside.git("check-ignore", "-z", "--stdin", "--no-index", accept=(0, 1),
                            stdin=b"".join(b"./%s\0" % path for path in paths))
-        return {path[2:] for path in found.split(b"\0")[:-1]}     # "./" keeps a ":" from being magic
+        return {path[2:] for path in found.split(b"\0")[:-1]}   # "./" keeps a ":" from being magic
 
     def diff(self, old: str, new: str, sink: Callable[[bytes], None]) -> None:
         """Pass a patch between two trees on to `sink`."""
@@ -2568,8 +2576,10 @@ def move_refs(user: UserRepository, moves: Sequence[Tuple[str, str, str]]) -> No
             return
         if all(now.get(ref, "") == old for ref, _, old in moves):
             raise       # not moved by anybody: git itself could not, and says why
-        raise RecordBroken(f"{' or '.join(row[0] for row in moves)} is no longer where this run left "
-                           f"it ({error}); it was left alone. Look at it, then move it back or start "
+        raise RecordBroken(f"{' or '.join(row[0] for row in moves)} is no longer where this run "
+                           f"left "
+                           f"it ({error}); it was left alone. Look at it, then move it back or "
+                           f"start "
                            "a new run") from None
     parts = [ref.split("/") for ref, _, _ in moves]
     with contextlib.suppress(OSError):      # the refs have moved: what follows can't undo that
@@ -2686,12 +2696,13 @@ class Entry(NamedTuple):
 
 Manifest = Dict[bytes, Entry]
 GITLINK, SYMLINK_MODE, EXECUTABLE, PLAIN = 0o160000, 0o120000, 0o100755, 0o100644
-LFS_POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\n(?:[a-z0-9.-]+ [^\n]*\n)*?"
+LFS_POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\n"
+                         rb"(?:[a-z0-9.-]+ [^\n]*\n)*?"
                          rb"oid sha256:([0-9a-f]{64})\nsize ([0-9]+)\n")
 
 
 def take_manifest(store: Store, commit: str, lfs: FrozenSet[bytes]) -> Manifest:
-    """Hash every file of a commit's tree; a git-lfs pointer named in `lfs` counts as its content."""
+    """Hash every file of a commit's tree; a git-lfs pointer in `lfs` counts as its content."""
     listed = sorted(store.list_tree(commit).items())
     files = [(path, row) for path, row in listed if row.mode != GITLINK]
     manifest: Manifest = {path: Entry(row.mode, row.oid, b"", 0) for path, row in listed
@@ -3611,7 +3622,7 @@ class Cleanroom:
                     place.set_layer(layer)
 
     def _tampered(self, tree: Tree, key: str) -> Optional[Tuple[Reason, str]]:
-        """Return what the run did to a tracked or shared file, or to a folder it has no business in.
+        """Return what a run did to a tracked or shared file, or to a folder it should not touch.
 
         A stat signature that differs is enough: bytes that were put back had been away.
         """
@@ -4312,7 +4323,8 @@ class State:
                 handler(record)
             self.noise = advance_noise(self.noise, record)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise RecordBroken(f"ledger record {record['seq']}: lacks a field or has one of another "
+            raise RecordBroken(f"ledger record {record['seq']}: lacks a field or has one of "
+                               f"another "
                                f"kind ({printable(repr(error))})") from None
 
     def _on_start(self, record: Record) -> None:
@@ -4476,7 +4488,7 @@ def agent_environment(config: Config, n: int, turn: int, seed: int, files: Seque
         env["CLAUDE_CODE_TMPDIR"] = scratch
         if resolve_agent(config)[-1].endswith(CLAUDE[-1]) and "CLAUDE_CONFIG_DIR" not in env \
                 and not {"ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"}.isdisjoint(env):
-            env["CLAUDE_CONFIG_DIR"] = os.path.join(scratch, "config")  # with a key no login is read
+            env["CLAUDE_CONFIG_DIR"] = os.path.join(scratch, "config")   # a key: no login
     scope = [*config.loop.scope, *([config.loop.memory] if config.loop.memory else [])]
     listed = json.dumps(list(files))
     env.update({"TMPDIR": scratch, "SCALARLOOP_ITERATION": str(n), "SCALARLOOP_TURN": str(turn),
@@ -4504,13 +4516,15 @@ def build_prompt(config: Config, state: State, goal: str, rework: str = "") -> s
         f"# Goal\n{goal.strip()}".replace("\n" + GIVE_UP, "\n " + GIVE_UP),
         "# Rules (kept by a program, not by trust)\n"
         f"- You may change, add and delete files that match: {' '.join(loop.scope)}\n"
-        "- Everything else is sealed. If anything else is changed, or a file appears outside these\n"
+        "- Everything else is sealed. If anything else is changed, or a file appears outside "
+        "these\n"
         "  patterns, the whole turn is thrown away, with its gains.\n"
         "- You work on a throwaway copy. Git history, commits and settings made here go nowhere.\n"
         + (f"- {loop.memory} is yours for notes: it survives every turn and is never measured.\n"
            if loop.memory else "")
         + f"- At most {loop.max_files} files and {loop.max_change} bytes may change in one turn.",
-        f"# Measure\nAfter your turn a sealed command measures {state.metric_name} in a clean copy; "
+        f"# Measure\nAfter your turn a sealed command measures {state.metric_name} in a clean "
+        f"copy; "
         f"{better} is better.\n"
         f"Baseline {format_number(state.baseline)}, best so far {format_number(state.best)}. "
         f"{describe_needed(config)}\n"
@@ -4523,7 +4537,8 @@ def build_prompt(config: Config, state: State, goal: str, rework: str = "") -> s
     if rework:
         parts.append("# Mend this first\nYour edits are still in place, but:\n" + rework)
     parts.append(
-        "# How to end\nMake one well-considered improvement in the files, then stop. What you print "
+        "# How to end\nMake one well-considered improvement in the files, then stop. What you "
+        "print "
         "is logged and ignored.\nIf you are sure that nothing can be improved, change nothing and "
         f"print one line that begins with {GIVE_UP}.")
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
@@ -4622,7 +4637,8 @@ def format_summary(config: Config, state: State, head: str, records: int, reason
         refused = (f"{count} {reason}" for reason, count in sorted(state.refused.items()))
         lines.append("refused    " + ", ".join(refused))
     if not state.noise.exact and state.baseline is not None:
-        lines.append("noise      one run varies by " + format_number(sigma(state.noise.differences)))
+        spread = format_number(sigma(state.noise.differences))
+        lines.append(f"noise      one run varies by {spread}")
     if closing:
         lines.append(f"measured   {closing}")
     if state.holdout and state.holdout[0][1] is not None:
@@ -4630,7 +4646,8 @@ def format_summary(config: Config, state: State, head: str, records: int, reason
         lines.append(f"holdout    {format_number(first)} -> {format_number(last)} "
                      f"({format_change(first, last) or 'no change'})" + holdout_gap(config, state))
     if state.keeps:
-        lines += [f"branch     {branch}   ({len(state.keeps)} commit{'s' * (len(state.keeps) > 1)} on "
+        lines += [f"branch     {branch}   ({len(state.keeps)} "
+                  f"commit{'s' * (len(state.keeps) > 1)} on "
                   f"{state.base[:12]})",
                   f"look       git log --stat {state.base[:12]}..{branch}",
                   f"merge      git merge --no-ff {branch}"]
@@ -4743,14 +4760,16 @@ def check_work_tree(gate: Gate, config: Config, user: UserRepository) -> None:
     quiet = [word for driver in sorted({name.rpartition(b".")[0] for name in drivers})
              for what in ("clean=", "smudge=", "process=", "required=false")
              for word in ("-c", f"{os.fsdecode(driver)}.{what}")]   # run nothing that it names
-    rows = user.repo.git(*quiet, "status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=normal",
+    rows = user.repo.git(*quiet, "status", "--porcelain=v1", "-z", "--no-renames",
+                         "--untracked-files=normal",
                          "--ignore-submodules=dirty").split(b"\0")[:-1]
     own = os.path.relpath(os.path.realpath(config.path), os.path.realpath(user.top)).encode()
     changed = [row[3:] for row in rows if row[:2] not in (b"??", b"!!") and row[3:] != own]
     untracked = [row[3:] for row in rows if row[:2] == b"??" and row[3:] != own
                  and b".scalarloop/" not in row]
     if changed:
-        gate.fail("tree", f"{counted(len(changed), 'tracked file')} changed or staged, the first is "
+        gate.fail("tree", f"{counted(len(changed), 'tracked file')} changed or staged, the first "
+                          f"is "
                   f"{shown_path(changed[0])}; commit or stash them")
     elif untracked:
         gate.notice("tree", f"clean; {len(untracked)} untracked paths are not seen by the metric, "
@@ -4771,7 +4790,8 @@ def check_branch(gate: Gate, config: Config, user: UserRepository, tips: Sequenc
     blocking = [name for name in names if name.startswith(ref + "/") or ref.startswith(name + "/")]
     if branch == user.branch or names.get(ref):
         where = os.fsdecode(names.get(ref) or b"here")
-        gate.fail("branch", f"{branch} is checked out ({printable(where)}); switch to another, or set "
+        gate.fail("branch", f"{branch} is checked out ({printable(where)}); switch to another, "
+                            f"or set "
                   "[loop] branch to one of its own")
     elif blocking:
         gate.fail("branch", f"{branch} can't be made while {blocking[0][11:]} exists; rename it or "
@@ -4789,8 +4809,8 @@ def check_scope(gate: Gate, config: Config, user: UserRepository, scope: Scope,
     inside = [path for path, row in listed.items()
               if row.mode in (PLAIN, EXECUTABLE) and scope.holds(path)]
     if not inside:
-        folder = next((glob for glob in config.loop.scope if any(
-            path.startswith(scope.prefix + glob.rstrip("/").encode() + b"/") for path in listed)), "")
+        folder = next((glob for glob in config.loop.scope for path in listed
+                       if path.startswith(scope.prefix + glob.rstrip("/").encode() + b"/")), "")
         hint = f"; {folder} is a folder: write {folder.rstrip('/')}/**" if folder else ""
         gate.fail("scope", f"{' '.join(config.loop.scope)} matches no tracked regular file that is "
                   f"not sealed{hint}; correct [loop] scope or commit the files")
@@ -4804,13 +4824,15 @@ def check_scope(gate: Gate, config: Config, user: UserRepository, scope: Scope,
                             "candidate then speaks for itself; put the scoring in a sealed file "
                             "and run the candidate by `produce`")
     if not config.metric.produce:
-        gate.notice("metric", "one step: if the command runs the candidate's code in its own process, "
+        gate.notice("metric", "one step: if the command runs the candidate's code in its own "
+                              "process, "
                     "that code could print the number; `produce` and `outputs` split it")
     own = os.fsencode(os.path.relpath(os.path.realpath(config.path), os.path.realpath(user.top)))
     differing = [path for path, row in listed.items() if row.mode in (PLAIN, EXECUTABLE)
-                 and path != own and differs_on_disk(user, path, row)] if len(listed) <= 200_000 else []
+                 and path != own and differs_on_disk(user, path, row)]
     if differing:
-        gate.notice("tree", f"{counted(len(differing), 'file')} stored with other bytes than on disk "
+        gate.notice("tree", f"{counted(len(differing), 'file')} stored with other bytes than on "
+                            f"disk "
                     f"(line ends, filters), the first is {shown_path(differing[0])}; the metric "
                     "sees the stored ones")
     check_links(gate, config, user, scope, listed)
@@ -4846,7 +4868,8 @@ def check_links(gate: Gate, config: Config, user: UserRepository, scope: Scope,
     if config.loop.program and program not in listed:
         gate.fail("program", f"{config.loop.program} is not a tracked file; commit it")
     elif config.loop.program and scope.holds(program):
-        gate.fail("program", f"{config.loop.program} is in scope, so the agent could rewrite its own "
+        gate.fail("program", f"{config.loop.program} is in scope, so the agent could rewrite its "
+                             f"own "
                   "orders; seal it")
     if config.loop.memory and scope.prefix + config.loop.memory.encode() in listed:
         gate.fail("memory", f"{config.loop.memory} is a tracked file; name one that is not")
@@ -4856,7 +4879,8 @@ def share_problem(user: UserRepository, path: bytes, listed: Dict[bytes, Listed]
     """Return why a shared folder can't be one, or ""."""
     root = os.path.join(os.fsencode(user.top), path)
     if not os.path.isdir(root) or os.path.islink(root):
-        return f"{shown_path(path)} is not a folder; create it (npm ci, pip install) or leave it out"
+        return (f"{shown_path(path)} is not a folder; create it (npm ci, pip install) or leave "
+                "it out")
     if any(known == path and row.mode != GITLINK or known.startswith(path + b"/")
            for known, row in listed.items()):
         return f"{shown_path(path)} holds tracked files; share is for untracked folders"
@@ -4878,8 +4902,10 @@ def share_problem(user: UserRepository, path: bytes, listed: Dict[bytes, Listed]
             for lead in leads:
                 if (lead == top or lead.startswith(top + b"/")) \
                         and not lead.startswith(os.path.realpath(root) + b"/"):
-                    return (f"{shown_path(path + b'/' + name)} leads into the project, so the user's "
-                            "files would be measured instead of the candidate's; install without it")
+                    return (f"{shown_path(path + b'/' + name)} leads into the project, so the "
+                            f"user's "
+                            "files would be measured instead of the candidate's; install without "
+                            "it")
     except (CensusError, OSError) as error:
         return f"{shown_path(path)} can't be read ({error})"
     return ""
@@ -4906,7 +4932,8 @@ def check_places(gate: Gate, config: Config, user: UserRepository) -> None:
                   "from there; set TMPDIR elsewhere")
     secret = os.environ.get("SCALARLOOP_LEDGER_KEY", "")
     if secret and os.path.realpath(secret).startswith(top):
-        gate.fail("ledger", f"the key {secret} lies inside the project, so every agent gets a copy; "
+        gate.fail("ledger", f"the key {secret} lies inside the project, so every agent gets a "
+                            f"copy; "
                   "move it elsewhere")
     for path in config.agent.writable:
         if not os.path.lexists(os.path.expanduser(path)):
@@ -5012,7 +5039,8 @@ class StateLock:
                      errno.EEXIST: "is not a folder; move it away",
                      errno.ELOOP: "holds a lock that is a link; remove it"}
             raise Refused(f"lock: the state folder {self.folder} " + known.get(
-                error.errno or 0, f"can't be written ({error.strerror}); make it writable")) from None
+                error.errno or 0, f"can't be written ({error.strerror}); make it "
+                                  f"writable")) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             same = os.fstat(self._file).st_ino == os.stat(self.path).st_ino
@@ -5021,7 +5049,8 @@ class StateLock:
         if not same:
             os.close(self._file)
             self._file = -1
-            raise Refused(f"lock: another loop runs on {self.folder}; wait for it, or give this one "
+            raise Refused(f"lock: another loop runs on {self.folder}; wait for it, or give this "
+                          f"one "
                           "another [loop] name")
 
     def _undo(self) -> None:
@@ -5162,7 +5191,7 @@ class Work:
     samples: Dict[str, List[Any]] = field(default_factory=dict)
 
     def add_samples(self, samples: Dict[str, List[Any]], sign: float) -> None:
-        """Take a judgement's raw numbers over; those of a turn that was reworked stay beside them."""
+        """Take a judgement's raw numbers over; those of a reworked turn stay beside them."""
         before, now = self.samples, turned(samples, sign)
         if before:
             now["incumbent"] = before["incumbent"] + now["incumbent"]
@@ -5177,7 +5206,8 @@ class MetricBroken(ScalarLoopError):
 def broken(tree: str, found: Measurement) -> MetricBroken:
     """Return the error for a run that failed on a tree which was measured before."""
     code = found.reason.value if found.reason else "no number"
-    return MetricBroken(f"metric: fails on {tree}, which it measured before ({code}: {found.detail}); "
+    return MetricBroken(f"metric: fails on {tree}, which it measured before ({code}: "
+                        f"{found.detail}); "
                         "the metric or what it reads has changed")
 
 
@@ -5875,7 +5905,8 @@ def run_setup(run: Run) -> None:
     room.learning = True
     found = room.measure(gauge, run.base.manifest, 0)
     if found.reason:
-        raise Refused(f"setup: {found.reason.value}: {found.detail}; it must exit 0 and leave tracked "
+        raise Refused(f"setup: {found.reason.value}: {found.detail}; it must exit 0 and leave "
+                      f"tracked "
                       f"files alone. The end of its output:\n{fenced_text(found.tail)}")
     rows = [(change.path, change.status) for change in room.tree.found
             if change.kind in ("created", "folder_created") and change.status]
@@ -5937,7 +5968,8 @@ def take_baseline(run: Run, gate: Gate) -> Optional[Baseline]:
         gate.notice("metric", "cache: what one candidate leaves in " + " ".join(metric.cache)
                     + " is there when the next one is measured")
     if metric.samples and metric.samples < 12 and not exact:
-        gate.notice("metric", f"samples = {metric.samples} lets few duels be won: from 12 up is better")
+        gate.notice("metric", f"samples = {metric.samples} lets few duels be won: from 12 up is "
+                              f"better")
     if median(samples) == 0 and any(gain and gain.percent for gain in (metric.min_gain,
                                                                        metric.max_gain)):
         gate.notice("metric", "the baseline is 0, so a gain in percent means nothing: write an "
@@ -5951,7 +5983,7 @@ def take_baseline(run: Run, gate: Gate) -> Optional[Baseline]:
 
 def sample(run: Run, gauge: Gauge, gate: Gate, label: str, seconds: List[float]
            ) -> Tuple[List[float], str]:
-    """Measure the base until the noise is known; on a failure add it to the gate, return nothing."""
+    """Measure the base until its noise is known; a failure goes to the gate, nothing back."""
     samples: List[float] = []
     name = ""
     while not baseline_is_complete(samples):
@@ -5970,14 +6002,17 @@ def describe_failure(found: Measurement) -> str:
     """Say why a run on the baseline yields nothing, with its remedy and the end of its output."""
     code = found.reason.value if found.reason else "no number"
     remedies = {
-        Reason.SEAL_TOUCHED: f"writes to {found.detail}, which is tracked or sealed ({code}); let it "
+        Reason.SEAL_TOUCHED: f"writes to {found.detail}, which is tracked or sealed ({code}); "
+                             f"let it "
                              "write to TMPDIR or to untracked paths",
-        Reason.METRIC_TIMEOUT: f"{found.detail} ({code}); raise its timeout, or run it by hand in a "
+        Reason.METRIC_TIMEOUT: f"{found.detail} ({code}); raise its timeout, or run it by hand "
+                               f"in a "
                                "fresh clone",
         Reason.GUARD_TIMEOUT: f"{found.detail} ({code}); raise its timeout, or run it by hand in a "
                               "fresh clone",
         Reason.METRIC_OUT_OF_BOUNDS: f"{found.detail} ({code}); correct the metric or its bounds"}
-    text = remedies.get(found.reason or Reason.MACHINE, f"{found.detail} ({code}); run it by hand in "
+    text = remedies.get(found.reason or Reason.MACHINE, f"{found.detail} ({code}); run it by "
+                                                        f"hand in "
                         "a fresh clone and mend it")
     return text + (f"\n{fenced_text(found.tail, 1000)}" if found.tail.strip() else "")
 
@@ -6003,7 +6038,8 @@ def check_canary(run: Run, gate: Gate, samples: Sequence[float]) -> None:
     scratch.make_pristine(run.base.manifest)
     cwd = os.path.join(os.fsdecode(scratch.root), os.fsdecode(run.scope.prefix))
     word = os.path.join(config.folder, config.metric.canary[0])
-    if len(config.metric.canary) == 1 and os.path.isfile(word) and word.endswith((".patch", ".diff")):
+    patch = len(config.metric.canary) == 1 and word.endswith((".patch", ".diff"))
+    if patch and os.path.isfile(word):
         try:
             replace(run.store.repo, git_dir="", cwd=cwd).git("apply", word)
         except GitFailed as error:
@@ -6021,7 +6057,8 @@ def check_canary(run: Run, gate: Gate, samples: Sequence[float]) -> None:
     changes = [change for change in scratch.inspect() if not change.kind.startswith("folder")
                and change.path not in scratch.layer.entries]
     if not changes:
-        gate.fail("canary", "it changes nothing in the tree; choose one that makes the number worse")
+        gate.fail("canary", "it changes nothing in the tree; choose one that makes the number "
+                            "worse")
         return
     candidate = make_candidate(run, read_edits(scratch, changes, 1 << 30), run.base, run.user.head)
     duel_canary(run, gate, candidate, samples)
@@ -6193,7 +6230,8 @@ def pass_gate(gate: Gate, config: Config, user: UserRepository, folder: str, tmp
     if begun:
         state = read_state(config)[0]
         tips += [state.base, *(commit for _, commit, _ in state.keeps)]
-        gate.notice("record", f"a run of {state.iterations} iterations is here; a start would go on "
+        gate.notice("record", f"a run of {state.iterations} iterations is here; a start would go "
+                              f"on "
                     "with it, or begin anew with --new")
     scope, argv, _ = look_around(gate, config, user, tips, user.head, fresh=True)
     if user.repo.ref(config.anchor_ref) and not begun:
@@ -6245,7 +6283,8 @@ def resume(config: Config, options: Options, user: UserRepository, tmp: str, ter
     cut_torn_line(path, torn)
     limits, others = changed_keys(state.config, config.resolved())
     if others:
-        raise Refused(f"config: {', '.join(others)} changed since the run began; change it back, or "
+        raise Refused(f"config: {', '.join(others)} changed since the run began; change it back, "
+                      f"or "
                       "begin anew with --new")
     done = state.iterations - state.counts["void"]
     until = done + options.more if options.more else state.more_until
@@ -6254,7 +6293,8 @@ def resume(config: Config, options: Options, user: UserRepository, tmp: str, ter
     anchored, seq = check_anchor(user, config, path, secret)
     if state.stopped in FINAL_STOPS and not options.more and seq == last["seq"] \
             and stop_reason(config, state, state.elapsed):
-        terminal.say(format_summary(config, state, last["hash"], last["seq"] + 1, state.stopped, ""))
+        terminal.say(format_summary(config, state, last["hash"], last["seq"] + 1, state.stopped,
+                                    ""))
         terminal.say(f"this run is finished ({state.stopped}); " + how_to_go_on(state.stopped))
         return None
     reason = stop_reason(config, state, state.elapsed) if options.more else ""
@@ -6264,7 +6304,8 @@ def resume(config: Config, options: Options, user: UserRepository, tmp: str, ter
     tips = [state.base, *(commit for _, commit, _ in state.keeps)]
     branch = f"refs/heads/{config.loop.branch}"
     if user.repo.refs([branch]).get(branch, state.base) not in tips:
-        raise RecordBroken(f"branch {config.loop.branch} is no longer where this run left it; it was "
+        raise RecordBroken(f"branch {config.loop.branch} is no longer where this run left it; it "
+                           f"was "
                            f"left alone. Move it back to {state.tip[:12]}, or start a new run with "
                            "--new")
     scope, argv, _ = look_around(gate, config, user, tips, state.base, fresh=False)
@@ -6280,7 +6321,8 @@ def resume(config: Config, options: Options, user: UserRepository, tmp: str, ter
     now = environment_record(run)
     for name in ("seal_root", "outside_root", "share_root"):
         if now[name] != state.start[name]:
-            raise Refused(f"seal: {name} is not what it was when the run began (an interpreter, shared "
+            raise Refused(f"seal: {name} is not what it was when the run began (an interpreter, "
+                          f"shared "
                           "folder or sealed file changed); put it back, or begin anew with --new")
     run.state, run.anchor = state, anchored
     run.elapsed_before = state.elapsed
@@ -6355,9 +6397,11 @@ def check_anchor(user: UserRepository, config: Config, path: str, secret: Option
         if record["seq"] == int(found[1]):
             if record["hash"] == found[2]:
                 return commit, record["seq"]
-            raise RecordBroken(f"ledger: record {found[1]} is not the one that {ref} names; an older "
+            raise RecordBroken(f"ledger: record {found[1]} is not the one that {ref} names; an "
+                               f"older "
                                f"or other ledger was put in place (git show {ref}:ledger.jsonl)")
-    raise RecordBroken(f"ledger: its tail was cut: {ref} names record {found[1]}, which is not there "
+    raise RecordBroken(f"ledger: its tail was cut: {ref} names record {found[1]}, which is not "
+                       f"there "
                        f"(git show {ref}:ledger.jsonl)")
 
 
@@ -6459,7 +6503,8 @@ def check_pending(config: Config, state: State, anchored: int, findings: Finding
                            f"was handed back ({state.due})")
 
 
-def verify_repository(config: Config, user: UserRepository, state: State, findings: Findings) -> None:
+def verify_repository(config: Config, user: UserRepository, state: State, findings: Findings
+                      ) -> None:
     """Check branch, kept commits, their anchors, scope and seal against the ledger."""
     recorded = replace(config, loop=replace(
         config.loop, scope=tuple(state.config["loop"]["scope"]),
@@ -6531,7 +6576,8 @@ def verify_seals(config: Config, user: UserRepository, state: State, scope: Scop
         root = manifest_root((path, entry) for path, entry in manifest.items()
                              if not scope.holds(path))
         if root != state.start["seal_root"]:
-            findings.errors.append(f"{label} {commit[:12]}: sealed files are not those of the start")
+            findings.errors.append(f"{label} {commit[:12]}: sealed files are not those of the "
+                                   f"start")
             return
     findings.checked.append("seal: the sealed files of base and tip are those of the start")
     for path, digest in state.start["outside"].items():
@@ -6704,10 +6750,12 @@ def parse_arguments(arguments: Sequence[str]) -> Tuple[str, str, Options]:
             words.append(word)
     command = words.pop(0) if len(words) > 1 and words[0] in COMMANDS else "run"
     if len(words) == 2 and not os.path.exists(words[0]):
-        raise Refused(f"{printable(words[0])}: unknown command" + close_match(words[0], [*COMMANDS]))
+        raise Refused(f"{printable(words[0])}: unknown "
+                      f"command" + close_match(words[0], [*COMMANDS]))
     if len(words) != 1:
         known = ", ".join(COMMANDS)
-        raise Refused(f"expected [COMMAND] loop.ini, got {printable(' '.join(arguments)) or 'nothing'}"
+        raise Refused(f"expected [COMMAND] loop.ini, got "
+                      f"{printable(' '.join(arguments)) or 'nothing'}"
                       f" (commands: {known}; see --help)")
     for flag, value, wanted in (("--more", flags["more"], "run"), ("--new", flags["new"], "run"),
                                 ("--replay", flags["replay"], "verify")):
@@ -6725,7 +6773,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     sys.stdout = sys.stdout or open(os.devnull, "w")    # a caller may have closed them
     sys.stderr = sys.stderr or open(os.devnull, "w")
     terminal = Terminal(sys.stdout)
-    for word, text in (("--help", USAGE), ("-h", USAGE), ("--version", f"scalarloop {__version__}")):
+    for word, text in (("--help", USAGE), ("-h", USAGE), ("--version", f"scalarloop "
+                                                                       f"{__version__}")):
         if word in arguments:
             terminal.say(text)
             return 0
@@ -6742,8 +6791,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         return complain(terminal, "interrupted", Interrupted.exit_code)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        return complain(terminal, f"the machine failed: {error.strerror or error}{where} (temporary "
-                        f"files go to {tempfile.gettempdir()}); what was recorded is safe, make room "
+        return complain(terminal, f"the machine failed: {error.strerror or error}{where} "
+                                  f"(temporary "
+                        f"files go to {tempfile.gettempdir()}); what was recorded is safe, make "
+                        f"room "
                         "or mend it and start again", 1)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 import pytest
 
 import scalarloop
-from conftest import Project, chained
+from conftest import Project, chained, lower_by
 from scalarloop import Ledger, RecordBroken, Refused, ScalarLoopError, State
 
 
@@ -399,6 +399,91 @@ def test_the_form_that_the_next_test_bends_is_a_good_one(path: str) -> None:
 def test_another_form_of_the_same_record_is_found_though_its_hash_fits(name: str, path: str) -> None:
     assert broken_line(rehashed(OTHER_FORMS[name]), path, True) == 1
     broken_line(rehashed(OTHER_FORMS[name]), path, False)     # a resume may take it or not, but not crash
+
+
+# ---- while the loop runs
+
+LEDGER_OF = 'import os, json; path = {ledger!r}; data = open(path, "rb").read(); '
+MEANWHILE = {
+    "append": 'open(path, "ab").write(data.splitlines(True)[-1])',
+    "append nothing but a blank": 'open(path, "ab").write(b" ")',
+    "cut": "os.truncate(path, len(data) - 1)",
+    "rewrite in place": """
+s = os.stat(path); f = open(path, "r+b"); f.write(data[:40] + b"#" + data[41:]); f.close()
+os.utime(path, ns=(s.st_atime_ns, s.st_mtime_ns))""",
+    "put an equal copy in place": """
+s = os.stat(path); open(path + ".x", "wb").write(data); os.utime(path + ".x", ns=(s.st_atime_ns, s.st_mtime_ns))
+os.rename(path + ".x", path)""",
+    "delete": "os.unlink(path)",
+    "move the folder away": "os.rename(os.path.dirname(path), os.path.dirname(path) + '-moved')",
+}
+
+
+@pytest.mark.parametrize("name", MEANWHILE)
+def test_a_ledger_touched_while_the_loop_runs_ends_it_at_once(project: Project, name: str) -> None:
+    ledger = project.state / "ledger.jsonl"
+    note = project.tmp / "as.left"
+    attack = LEDGER_OF.format(ledger=str(ledger)) + "\n" + MEANWHILE[name] + (
+        f'\nopen({str(note)!r}, "wb").write(open(path, "rb").read() if os.path.exists(path) else b"")\n')
+    project.turns(lower_by(10), attack + lower_by(10).replace("\n        ", "\n"), lower_by(10))
+    result = project.run()
+    assert result.code == 4, result
+    assert len(result.err.splitlines()) == 1 and "ledger" in result.err, result
+    assert (ledger.read_bytes() if ledger.exists() else b"") == note.read_bytes()
+    assert project.git("show", "scalarloop/t:src/value.txt") == "90"      # what was kept before stays
+
+
+def test_a_branch_moved_while_the_loop_runs_is_left_alone(project: Project) -> None:
+    project.turns(lower_by(10), f"""
+        import subprocess
+        subprocess.run(["git", "update-ref", "refs/heads/scalarloop/t", "HEAD"], check=True,
+                       cwd={str(project.root)!r})
+        """ + lower_by(10))
+    project.git("commit", "-q", "--allow-empty", "-m", "theirs")
+    theirs = project.git("rev-parse", "HEAD")
+    project.git("reset", "-q", "--hard", "HEAD~1")
+    agent = (project.tmp / "turns" / "2.py")
+    agent.write_text(agent.read_text().replace('"HEAD"]', f'"{theirs}"]'))
+    result = project.run()
+    assert result.code == 4 and "scalarloop/t" in result.err, result
+    assert project.git("rev-parse", "scalarloop/t") == theirs
+    assert project.call("verify").code == 4
+
+
+def test_an_anchor_moved_while_the_loop_runs_is_left_alone(project: Project) -> None:
+    project.turns(lower_by(10), f"""
+        import subprocess
+        subprocess.run(["git", "update-ref", "refs/scalarloop/t/ledger", "HEAD"], check=True,
+                       cwd={str(project.root)!r})
+        """ + lower_by(10))
+    result = project.run()
+    assert result.code == 4 and "refs/scalarloop/t/ledger" in result.err, result
+    assert project.git("rev-parse", "refs/scalarloop/t/ledger") == project.git("rev-parse", "HEAD")
+
+
+@pytest.mark.parametrize("harm", ["shutil.rmtree(store)", "shutil.rmtree(store + '/objects')",
+                                  "[os.unlink(p) for p in glob.glob(store + '/objects/pack/*')]",
+                                  "[open(p, 'r+b').truncate(40) for p in glob.glob(store + '/objects/pack/*')]",
+                                  "open(store + '/HEAD', 'w').close()"])
+def test_a_store_damaged_while_the_loop_runs_ends_it_without_a_traceback(project: Project, harm: str
+                                                                         ) -> None:
+    store = project.state / "store.git"
+    project.turns(lower_by(10), f"""
+        import glob, os, shutil
+        store = {str(store)!r}
+        for folder, _, names in os.walk(store):
+            for name in names:
+                os.chmod(os.path.join(folder, name), 0o600)
+        {harm}
+        """ + lower_by(10))
+    result = project.run()
+    assert result.code == 1 and "Traceback" not in result.err, result
+    assert "store" in result.out + result.err
+    assert project.git("show", "scalarloop/t:src/value.txt") in ("90", "80")
+    assert project.call("verify").code == 0
+    again = project.run("--more", "1")
+    assert again.code in (0, 1) and "Traceback" not in again.err, again
+    assert again.code == 0 or "--new" in again.err + again.out, again
 
 
 # ---- size

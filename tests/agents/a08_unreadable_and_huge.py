@@ -15,6 +15,15 @@ def unreadable_folder():
     os.chmod("src/sub", 0o111)
 
 
+def read_only_folder():
+    """What must be thrown away lies where an ordinary user can delete nothing."""
+    lower()
+    os.symlink("value.txt", "src/sub/link")
+    os.mkdir("src/sub/more")
+    os.chmod("src/sub/more", 0o500)
+    os.chmod("src/sub", 0o500)
+
+
 def fifo():
     lower()
     os.mkfifo("src/fifo")

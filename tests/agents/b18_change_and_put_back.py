@@ -77,6 +77,13 @@ def shadow_folder():
     program("import os; os.mkdir('data/truth.d'); os.rmdir('data/truth.d')")
 
 
+def read_only_room():
+    """It locks what it may write to, with rubbish inside, so that cleaning fails."""
+    lower()
+    program("import os; open('build/x', 'w'); open('rubbish', 'w'); os.mkdir('build/y')\n"
+            "[os.chmod(path, 0o500) for path in ('build/y', 'build', '.')]")
+
+
 def daemon():
     """A child in a session of its own that waits for the metric to end."""
     lower()
