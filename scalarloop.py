@@ -86,6 +86,7 @@ LEDGER_VERSION = 1
 LOG_CAP = 1 << 20           # bytes kept of the head, and of the tail, of every log
 CHUNK = 1 << 20
 LONGEST_LINE = 1 << 16      # bytes; nothing longer can be a METRIC line
+MOST_MATCHES = 100          # matching lines kept of a log
 TERM_GRACE = 2.0            # seconds between SIGTERM and SIGKILL
 LARGEST, TINIEST = sys.float_info.max, sys.float_info.min
 CENSUS_CAP = 250_000        # entries an agent may add before its census is called off
@@ -978,7 +979,7 @@ class Capture:
 
     def _match(self, lines: bytes) -> None:
         for match in self.pattern.finditer(lines) if self.pattern else ():
-            if len(self.matches) >= 100:
+            if len(self.matches) >= MOST_MATCHES:
                 return
             self.matches.append((match[0], *match.groups(b"")))
 
@@ -1678,14 +1679,15 @@ def fence_argv(fence: Fence, argv: Sequence[str], report: int = 2) -> List[str]:
 PYTHON = (sys.executable, "-I", "-S", "-E", "-c")
 
 
-def probe_level(run: Runner) -> Tuple[str, Tuple[str, ...]]:
+def probe_level(run: Runner, work: str = "") -> Tuple[str, Tuple[str, ...]]:
     """Return the best level that can be had here, and a line for each better one: why not."""
     refused: List[str] = []
     for level in ("namespaces", "landlock"):
         if sys.platform != "linux":
             refused.append(f"{level}: only Linux has it")
             continue
-        status, output = run(fence_argv(Fence(level), [*PYTHON, "pass"]))
+        fence = Fence(level, writable=(work,) if work else ())
+        status, output = run(fence_argv(fence, [*PYTHON, "pass"]))
         if status == 0:
             return level, tuple(refused)
         line = output.decode("utf-8", "replace").strip().rsplit("\n", 1)[-1]
@@ -2133,7 +2135,7 @@ def choose_isolation(config: Config, tmp: str, state_folder: str, holdout: Seque
 
     required = [word for word in config.isolation.require if word in LEVELS]
     wanted = config.isolation.level
-    level, notes = probe_level(run) if wanted != "portable" or required else (wanted, ())
+    level, notes = probe_level(run, work) if wanted != "portable" or required else (wanted, ())
     order = {name: place for place, name in enumerate(LEVELS)}
     for word in [*required, *([wanted] if wanted not in ("auto", "external") else [])]:
         if order[level] < order[word]:
@@ -2143,8 +2145,13 @@ def choose_isolation(config: Config, tmp: str, state_folder: str, holdout: Seque
                           "level or require to what it has")
     level = wanted if wanted not in ("auto", "external") else level
     secret = os.environ.get("SCALARLOOP_LEDGER_KEY", "")
-    hidden = [state_folder] + ([secret] if secret else [])
+    hidden = [state_folder] + ([os.path.abspath(secret)] if secret else [])
     secrets = [*hidden, *holdout]
+    try:
+        Fence(level, writable=(work, *map(os.path.expanduser, config.agent.writable)),
+              hidden=tuple(secrets))
+    except ValueError as error:
+        raise Refused(f"agent: [agent] writable: {error}; name a narrower path") from None
     fence = Fence(level, writable=(work, scratch), hidden=tuple(secrets),
                   network=config.metric.network == "allow")
     facts = take_facts(fence, run, work, bait, state_folder, [config.path])
@@ -2574,7 +2581,8 @@ def move_refs(user: UserRepository, moves: Sequence[Tuple[str, str, str]]) -> No
         now = user.repo.refs([ref for ref, _, _ in moves])
         if all(now.get(ref, "") == new for ref, new, _ in moves):
             return
-        if all(now.get(ref, "") == old for ref, _, old in moves):
+        blocked = user.repo.refs([ref.rpartition("/")[0] for ref, _, _ in moves])
+        if all(now.get(ref, "") == old for ref, _, old in moves) and not blocked:
             raise       # not moved by anybody: git itself could not, and says why
         raise RecordBroken(f"{' or '.join(row[0] for row in moves)} is no longer where this run "
                            f"left "
@@ -2637,7 +2645,7 @@ class Scope:
 
     prefix: bytes
     globs: Tuple[Tuple[str, ...], ...]
-    sealed: Tuple[Tuple[str, ...], ...]
+    sealed: Tuple[Tuple[str, ...], ...]     # loop.ini and state folders always among them
     dropped: Tuple[Tuple[str, ...], ...]
 
     def _parts(self, path: bytes) -> Optional[List[str]]:
@@ -2677,7 +2685,8 @@ def make_scope(config: Config, prefix: bytes) -> Scope:
     """Build the scope of a config for a loop.ini that sits at `prefix` in its repository."""
     loop = config.loop
     return Scope(prefix, tuple(map(split_glob, loop.scope)),
-                 tuple(split_glob(word) for word in loop.seal if not is_outside(word)),
+                 (*(split_glob(word) for word in loop.seal if not is_outside(word)),
+                  (os.path.basename(config.path),), ("**", ".scalarloop")),
                  tuple(map(split_glob, loop.ignore)))
 
 
@@ -2881,16 +2890,25 @@ class Tree:
                 self.inspect()
             except CensusError:
                 self.manifest = None
-        if self.manifest is None:
-            remove_tree(os.fsdecode(self.root))
-            os.makedirs(self.root, 0o700)
-            self.expected, self.stamps, self.folders, self.found = {}, {}, {}, []
-            for path in self.layer.folders:
-                os.makedirs(os.path.join(self.root, path), exist_ok=True)
-                self._mark_folders(path)
-            self._mark_folders(b"")
-        self._switch(manifest, self.found)
+        try:
+            if self.manifest is None:
+                self._begin_anew()
+            self._switch(manifest, self.found)
+        except PermissionError:     # its folders were locked: unlock and write all of it again
+            self._begin_anew()
+            self._switch(manifest, [])
         self.found, self.dirty = [], False
+
+    def _begin_anew(self) -> None:
+        """Make the root an empty folder, but for the folders of the layer."""
+        remove_tree(os.fsdecode(self.root))
+        os.makedirs(self.root, 0o700)
+        self.manifest, self.expected, self.stamps, self.folders, self.found = None, {}, {}, {}, []
+        self._unsettled.clear()
+        for path in self.layer.folders:
+            os.makedirs(os.path.join(self.root, path), exist_ok=True)
+            self._mark_folders(path)
+        self._mark_folders(b"")
 
     def _switch(self, manifest: Manifest, changes: Sequence[Change]) -> None:
         stale = {change.path for change in changes if not change.kind.startswith("folder")
@@ -3485,6 +3503,9 @@ def guard_gauge(guard: GuardOptions) -> Gauge:
 
 def read_number(gauge: Gauge, matches: Sequence[Tuple[bytes, ...]]) -> Measurement:
     """Turn the matching lines of a run into one number; two of them are never a number."""
+    if len(matches) >= MOST_MATCHES:     # more were not kept: the one that counts may be among them
+        return Measurement(None, Reason.METRIC_AMBIGUOUS, f"printed {MOST_MATCHES} METRIC lines "
+                           "or more")
     if gauge.pattern:
         rows = [(b"metric", match[1]) for match in matches]
     else:
@@ -3637,7 +3658,7 @@ class Cleanroom:
                     allowed.add(change.path)
                 elif change.path in self.setting.base_folders and change.path not in allowed:
                     return Reason.SEAL_TOUCHED, shown_path(change.path) + "/"
-            elif change.kind not in ("created", "folder_created") \
+            elif change.kind not in ("created", "folder_created", "folder_locked") \
                     and change.path not in tree.layer.loose:
                 return Reason.SEAL_TOUCHED, shown_path(change.path)
         return None
@@ -6234,6 +6255,9 @@ def pass_gate(gate: Gate, config: Config, user: UserRepository, folder: str, tmp
                               f"on "
                     "with it, or begin anew with --new")
     scope, argv, _ = look_around(gate, config, user, tips, user.head, fresh=True)
+    if user.repo.refs([os.path.dirname(config.anchor_ref)]):
+        gate.fail("record", f"{os.path.dirname(config.anchor_ref)} is a ref, so the ledger's can't "
+                  "be made beside it; remove it, or give this run another [loop] name")
     if user.repo.ref(config.anchor_ref) and not begun:
         gate.fail("record", f"{config.anchor_ref} holds the ledger of an earlier run whose "
                   "state folder is gone; give this one another [loop] name, or remove the ref")
@@ -6314,9 +6338,13 @@ def resume(config: Config, options: Options, user: UserRepository, tmp: str, ter
                                       work_tree="", cwd=config.state_folder))
     if not os.path.isdir(store.repo.git_dir):
         raise StoreDamaged(f"store: {store.repo.git_dir} is gone; begin anew with --new")
-    clear_store(store)
-    run = open_run(gate, config, replace(user, head=state.base), store,
-                   config.state_folder, tmp, watch, terminal, scope, argv, state.base, state.tip)
+    try:
+        clear_store(store)
+        run = open_run(gate, config, replace(user, head=state.base), store, config.state_folder,
+                       tmp, watch, terminal, scope, argv, state.base, state.tip)
+    except (GitFailed, FileNotFoundError) as error:
+        raise StoreDamaged(f"store: {store.repo.git_dir} is damaged ({error}); begin anew with "
+                           "--new") from None
     gate.demand()
     now = environment_record(run)
     for name in ("seal_root", "outside_root", "share_root"):
@@ -6519,20 +6547,20 @@ def verify_repository(config: Config, user: UserRepository, state: State, findin
         findings.errors.append(f"branch {branch} is at {at[:12] or 'nothing'}, the ledger says "
                                f"{state.tip[:12] if state.keeps else 'nothing was kept'}")
         return
-    if findings.pending:
-        return      # the objects of the last keep may not be here yet
+    keeps = [row for row in state.keeps if tips.index(row[1]) <= max(tips.index(at), 1)] \
+        if findings.pending else state.keeps    # the last one's objects may not be here yet
     if not user.repo.ref(f"{state.base}^{{commit}}"):
         findings.errors.append(f"base commit {state.base[:12]} is not in this repository")
         return
     store, parent = Store(user.repo), state.base
-    for n, commit, value in state.keeps:
+    for n, commit, value in keeps:
         problem = commit_problem(store, scope, state, parent, commit, n, value)
         if problem:
             findings.errors.append(f"commit {commit[:12]} of #{n}: {problem}")
             return
         parent = commit
     findings.checked.append(f"branch {branch}: every commit in scope, anchored, in order")
-    verify_seals(config, user, state, scope, findings)
+    verify_seals(config, user, state, scope, keeps[-1][1] if keeps else state.base, findings)
 
 
 def commit_problem(store: Store, scope: Scope, state: State, parent: str, commit: str, n: int,
@@ -6560,12 +6588,12 @@ def commit_problem(store: Store, scope: Scope, state: State, parent: str, commit
     return ""
 
 
-def verify_seals(config: Config, user: UserRepository, state: State, scope: Scope,
+def verify_seals(config: Config, user: UserRepository, state: State, scope: Scope, tip: str,
                  findings: Findings) -> None:
     """Recompute the seal's root from git, and look at sealed files outside the tree."""
     store = Store(user.repo)
     marked = set(state.start["lfs"])
-    for commit, label in ((state.base, "base"), (state.tip, "tip")):
+    for commit, label in ((state.base, "base"), (tip, "tip")):
         listed = store.list_tree(commit)
         lfs = frozenset(path for path in listed if shown_path(path) in marked)
         try:

@@ -7,6 +7,7 @@ MODE is
   kill     the process is killed right after its n-th call; a write is cut in half
   record   the process is killed right after its n-th write to a ledger
   git      the n-th git process dies without doing its work
+  late     the n-th git process dies after it did its work
   clock    the clock goes back by a day at the n-th record
 LOG tells what went wrong; it stays away when the run ended before its n-th call.
 """
@@ -49,7 +50,7 @@ class Countdown:
 
     def is_due(self, kind: str, what: str) -> bool:
         """Count a call; tell whether it is the one."""
-        if os.getpid() != self.pid or (self.mode == "git") != (kind == "git"):
+        if os.getpid() != self.pid or (self.mode in ("git", "late")) != (kind == "git"):
             return False
         self.count += 1
         due = self.count == self.left or self.mode == "full" and self.count > self.left
@@ -139,7 +140,8 @@ class Countdown:
             def __init__(self, argv: Any, *args: Any, **options: Any):
                 word = os.path.basename(str(argv[0]))
                 if word == "git" and countdown.is_due("git", " ".join(argv)[-300:]):
-                    argv = ["/bin/sh", "-c", "echo out of memory >&2; kill -9 $$"]
+                    work = '"$0" "$@"; ' if countdown.mode == "late" else ""
+                    argv = ["/bin/sh", "-c", work + "echo out of memory >&2; kill -9 $$", *argv]
                 due = countdown.is_due("spawn", " ".join([word, *map(str, argv[-5:])]))
                 if due and countdown.mode != "kill":
                     raise countdown.error()

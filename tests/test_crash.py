@@ -195,7 +195,7 @@ def sweep(cord: Cord, whole: Outcome, tmp_path: Path, mode: str, numbers: Iterab
     return tried
 
 
-MODES = {"kill": 59, "fail": 61, "git": 23, "full": 101}     # the default run tries every so-manieth call
+MODES = {"kill": 59, "fail": 61, "git": 31, "late": 29, "full": 101}     # the default run tries every so-manieth call
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -476,9 +476,10 @@ class Siege:
         at = next(n for n, turn in enumerate(self.turns) if threat.act in [row.act for row in turn]
                   and threat.turns in ("both", turn[0].turns) or threat in turn)
         record = self.records[at] if at < len(self.records) else None
-        dropped = "hang" in threat.act and threat.turns == "metric"
-        expected = "timeout metric.timeout" if dropped else KEPT
-        return self.codes() != [0] or not record or f"{record['verdict']} {record['reason']}" != expected
+        late = threat.act.endswith(".hang") and threat.turns == "metric"
+        expected = "timeout metric.timeout" if late else KEPT
+        return self.codes() != [0] or not record \
+            or f"{record['verdict']} {record['reason']}" != expected
 
     def codes(self) -> List[int]:
         """Return how each start ended."""

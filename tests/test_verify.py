@@ -424,6 +424,19 @@ def test_a_record_that_is_ahead_of_its_hand_back_is_not_called_broken(finished: 
     assert finished.call("verify").code == 4
 
 
+def test_a_pending_record_does_not_hide_what_is_wrong_before_it(finished: Project) -> None:
+    records = records_of(finished)
+    first, last = keeps_of(records)
+    remove_object(finished, finished.git("rev-parse", f"{first['commit']}:src/value.txt"))
+    remove_object(finished, first["commit"])
+    forged = {**last, "n": 5, "commit": "a" * 40, "tree": "b" * 40, "base": last["commit"]}
+    stop = records.pop()
+    resumed = {**records[0], "type": "resume", "more": 1, "limits": []}
+    finished.put_ledger(chained([*records, stop, resumed, forged]))
+    result = finished.call("verify")
+    assert result.code == 4 and first["commit"][:12] in result.out, result
+
+
 # ---- what only warns
 
 def test_a_changed_loop_ini_is_a_warning_that_names_the_keys(finished: Project) -> None:
@@ -656,8 +669,7 @@ def mutate_bytes(chance: random.Random, data: bytes) -> bytes:
         length = chance.choice((1, 1, 2, 10, 500))
         piece = data[at:at + length]
         data = chance.choice((
-            data[:at] + chance.randbytes(length) + data[at + length:] if hasattr(chance, "randbytes")
-            else data[:at] + os.urandom(length) + data[at + length:],
+            data[:at] + chance.randbytes(length) + data[at + length:],
             data[:at] + data[at + length:], data[:at] + piece + data[at:], data[:at],
             data[:at] + b"\n" + data[at:], data[:at] + b"\0" * length + data[at:],
             data[:at] + b'{"a":' * length + data[at:]))
