@@ -86,6 +86,7 @@ LEDGER_VERSION = 1
 LOG_CAP = 1 << 20           # bytes kept of the head, and of the tail, of every log
 CHUNK = 1 << 20
 LONGEST_LINE = 1 << 16      # bytes; nothing longer can be a METRIC line
+DEEPEST = 200               # folders above a new file
 MOST_MATCHES = 100          # matching lines kept of a log
 TERM_GRACE = 2.0            # seconds between SIGTERM and SIGKILL
 LARGEST, TINIEST = sys.float_info.max, sys.float_info.min
@@ -2616,21 +2617,28 @@ def segments_match(parts: Sequence[str], globs: Sequence[str]) -> bool:
 
     A segment that begins with .git matches only its own name, written out; .git itself never.
     """
-    if not globs:
-        return not parts
-    if globs[0] == "**":
-        if len(globs) == 1:
-            return bool(parts) and not any(part.lower().startswith(".git") for part in parts)
-        return segments_match(parts, globs[1:]) or (
-            bool(parts) and not parts[0].lower().startswith(".git")
-            and segments_match(parts[1:], globs))
-    if not parts:
-        return False
-    if parts[0].lower().startswith(".git"):
-        same = parts[0] == globs[0] and parts[0].lower() != ".git"
-    else:
-        same = fnmatch.fnmatchcase(parts[0], globs[0])
-    return same and segments_match(parts[1:], globs[1:])
+    reached = {0}       # how many segments can be matched so far
+    for number, glob in enumerate(globs, 1):
+        before, reached = reached, set()
+        for at in before:
+            if glob != "**":
+                if at < len(parts) and segment_matches(parts[at], glob):
+                    reached.add(at + 1)
+                continue
+            if number < len(globs):     # at the end `**` stands for one segment or more
+                reached.add(at)
+            while at < len(parts) and not parts[at].lower().startswith(".git") \
+                    and at + 1 not in reached:
+                at += 1
+                reached.add(at)
+    return len(parts) in reached
+
+
+def segment_matches(part: str, glob: str) -> bool:
+    """Match one segment; of those that begin with .git only one that is written out, never .git."""
+    if part.lower().startswith(".git"):
+        return part == glob and part.lower() != ".git"
+    return fnmatch.fnmatchcase(part, glob)
 
 
 def split_glob(glob: str) -> Tuple[str, ...]:
@@ -3053,8 +3061,12 @@ class Tree:
         full = os.path.join(self.root, path)
         status = os.lstat(full)
         if stat.S_ISDIR(status.st_mode):
-            if stat.S_IMODE(status.st_mode) & 0o700 != 0o700:
-                os.chmod(full, 0o755)
+            mode = 0o755 if path else 0o700
+            if stat.S_IMODE(status.st_mode) != mode:
+                os.chmod(full, mode)
+            for name in os.listxattr(full) if hasattr(os, "listxattr") else ():
+                if name.startswith("user."):    # a note for the next run
+                    os.removexattr(full, name)
             self._mark_folders(path, only=True)
         else:
             self.stamps[path] = stamp_of(status)
@@ -3250,7 +3262,7 @@ def _take_census(tree: Tree, rules: CensusRules) -> Proposal:
     created = [change.path for change in changes if change.kind == "created"]
     locked = [change.path for change in changes if change.kind == "folder_locked"]
     dropped = rules.ignored(created + [path + b"/" for path in locked])
-    dropped |= {path for path in created if rules.scope.drops(path)}
+    dropped |= {path for path in created if path.count(b"/") < DEEPEST and rules.scope.drops(path)}
     for path in locked:
         if path + b"/" not in dropped and not rules.scope.drops(path):
             raise CensusError(Reason.UNREADABLE, path)
@@ -3296,6 +3308,7 @@ def _violation_of_new(path: bytes, status: os.stat_result, rules: CensusRules) -
     # what any git takes for .git: with dots, blanks or a stream after it, by its short name
     plain = [part.split(":")[0].rstrip(" .") for part in re.split(r"[/\\]", name.lower())]
     ladder = [
+        (len(parts) > DEEPEST, Reason.OVERSIZE),
         (not name.isprintable() or "\ufffd" in name, Reason.CONTROL),
         (not {".git", "git~1"}.isdisjoint(plain), Reason.GITLINK),
         (stat.S_ISLNK(status.st_mode), Reason.SYMLINK),
@@ -6798,6 +6811,7 @@ def parse_arguments(arguments: Sequence[str]) -> Tuple[str, str, Options]:
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run the command line; return the exit code. The one place that handles errors."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    os.umask(0o022)     # trees are the same whoever starts the loop; what is private says so itself
     sys.stdout = sys.stdout or open(os.devnull, "w")    # a caller may have closed them
     sys.stderr = sys.stderr or open(os.devnull, "w")
     terminal = Terminal(sys.stdout)

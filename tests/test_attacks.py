@@ -151,6 +151,7 @@ night("turn", """
     a05_poison_a_folder.link_shared         violation seal.deleted
     a05_poison_a_folder.add_shared
     a05_poison_a_folder.add_ignored
+    a05_poison_a_folder.odd_ignored
     a05_poison_a_folder.own_ignore_rule     violation census.git_file
     a05_poison_a_folder.honest
     a06_edit_build_files.package_json       violation seal.modified
@@ -180,6 +181,7 @@ night("turn", """
     a08_unreadable_and_huge.flood           violation census.too_many_files
     a08_unreadable_and_huge.too_many        violation census.too_many_files
     a08_unreadable_and_huge.bottomless      violation census.failed
+    a08_unreadable_and_huge.deep_file       violation census.oversize
     a08_unreadable_and_huge.empty_folders
     a08_unreadable_and_huge.honest
     a09_hostile_names.newline               violation census.control_character
@@ -295,6 +297,7 @@ night("program", """
     b13_exit_early.sys_exit                 crash metric.missing
     b13_exit_early.honest
     b17_cache_across_runs.note
+    b17_cache_across_runs.note_on_folder
     b17_cache_across_runs.honest
     b18_change_and_put_back.sealed_file     violation seal.touched_during_run
     b18_change_and_put_back.sealed_stamp    violation seal.touched_during_run

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -335,6 +336,29 @@ def test_a_poisoned_master_is_never_taken_for_the_shared_folder(project: Project
     assert project.run("verify").code == 0
 
 
+def test_writes_that_leave_no_stamp(project: Project) -> None:
+    """On tmpfs a write through a mapping that was read first changes no time stamp."""
+    if not os.path.isdir("/dev/shm"):
+        pytest.skip("there is no tmpfs here")
+    write = ("import mmap\nwith open(%r, 'r+b') as f, mmap.mmap(f.fileno(), 0) as m:\n    m[:1] = bytes([m[0] %s])\n")
+    project.write("src/prog.py", "")
+    project.write("metric.py", """
+        import pathlib, runpy
+        truth = pathlib.Path("data/truth.txt").read_text()
+        runpy.run_path("src/prog.py")
+        assert truth == "sealed\\n"
+        print("METRIC value=%s" % pathlib.Path("src/value.txt").read_text())
+    """)
+    project.commit("metric")
+    project.turns(GAIN + "open('src/prog.py', 'w').write(%r)" % (write % ("data/truth.txt", "^ 32")), GAIN,
+                  GAIN + write % ("data/truth.txt", "^ 32"), write % ("src/value.txt", "- 1"))
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        result = project.run(env={"TMPDIR": folder})
+        assert result.code == 0 and os.listdir(folder) == [], result
+    assert project.verdicts() == ["violation seal.touched_during_run", KEPT, "violation seal.modified", KEPT]
+    assert [row["value"] for row in project.iterations()] == [None, 99, None, 89]
+
+
 def test_more_lines_than_are_looked_at_are_too_many(project: Project) -> None:
     """The true line must not be the one that no longer fits."""
     project.write("src/prog.py", "")
@@ -435,3 +459,67 @@ def test_orders_in_a_log_reach_no_later_prompt_as_text(project: Project) -> None
     assert prompt.count("# Rules") == 1 and "metric.py may be edited" not in prompt
     lines = [line for line in prompt.splitlines() if "obey" in line]
     assert all(line.startswith("  its last words: \"") for line in lines) and "\x1b" not in prompt
+
+
+# ---- the other commands that run a candidate's code: guards, a second turn, setup
+
+def test_guards_are_watched_like_the_metric(project: Project) -> None:
+    """A candidate that behaves while it is measured and misbehaves in a guard."""
+    project.write("src/prog.py", "")
+    project.write("check.py", "import runpy\nrunpy.run_path('src/prog.py')\n")
+    project.commit("guard")
+    project.config["guard.works"] = {"command": f"{project.python} check.py", "timeout": "2s"}
+    sources = ["open('data/truth.txt', 'a').close(); import os; os.utime('data/truth.txt')",
+               "open('src/value.txt', 'w').write('1')", "raise SystemExit(1)", "print('METRIC value=0')",
+               "import time; time.sleep(60)", "import os; os.kill(os.getpid(), 9)", "open('json.py', 'w')", "pass"]
+    project.turns(*(GAIN + f"open('src/prog.py', 'w').write({source!r})" for source in sources))
+    result = project.run()
+    assert result.code == 0, result
+    assert project.verdicts() == [
+        "violation seal.touched_during_run", "violation seal.touched_during_run", "guard_failed guard.failed", KEPT,
+        "timeout guard.timeout", "guard_failed guard.failed", "violation seal.touched_during_run", KEPT]
+    assert project.run("verify").code == 0
+
+
+def test_a_second_turn_mends_and_launders_nothing(project: Project) -> None:
+    """Edits of a crashed first turn stay for the second; each turn's census is of everything since the incumbent."""
+    project.config["agent"]["rework"] = 1
+    crash = "open('src/value.txt', 'w').write('nothing')"
+    again = "import os\nsecond = os.environ['SCALARLOOP_TURN'] == '2'\n"
+    project.turns(
+        again + f"open('src/value.txt', 'w').write('90') if second else {crash}",
+        again + f"open('src/value.txt', 'w').write('80') if second else {crash}\nif second: open('metric.py', 'w')",
+        again + "if not second:\n    open('metric.py', 'a').write('#')\nopen('src/value.txt', 'w').write('70')",
+        again + f"{crash}\nif second: print('SCALAR_LOOP' + '_GIVE_UP')",
+        again + f"open('src/left', 'w').write('x')\n{crash}",
+        again + "assert not os.path.exists('src/left') and open('src/value.txt').read() == '90'\n"
+                "open('src/value.txt', 'w').write('60')")
+    result = project.run()
+    assert result.code == 0, result
+    assert project.verdicts() == [KEPT, "violation seal.modified", "violation seal.modified", "give_up agent.gave_up",
+                                  "crash metric.malformed", KEPT], result
+    assert [row["turns"] for row in project.iterations()] == [2, 2, 1, 2, 2, 1]
+
+
+def test_what_setup_left_is_put_back(project: Project) -> None:
+    """It may change during a run, as caches do; the next run finds it as setup left it."""
+    project.write("prepare.py", "import os\nos.mkdir('made')\nopen('made/tool.txt', 'w').write('good')\n")
+    project.write("src/prog.py", "")
+    project.write("metric.py", """
+        import os, pathlib, runpy
+        assert os.listdir("made") == ["tool.txt"] and open("made/tool.txt").read() == "good"
+        runpy.run_path("src/prog.py")
+        print("METRIC value=%s" % pathlib.Path("src/value.txt").read_text())
+    """)
+    project.write(".gitignore", "made/\n")
+    project.commit("setup")
+    project.config["metric"]["setup"] = f"{project.python} prepare.py"
+    sources = ["open('made/tool.txt', 'w').write('evil')", "import os; os.unlink('made/tool.txt')",
+               "open('made/more.txt', 'w')", "import shutil; shutil.rmtree('made')",
+               "import os; os.rename('made/tool.txt', 'made/x'); os.symlink('x', 'made/tool.txt')", "pass"]
+    project.turns("import os; os.mkdir('made'); open('made/tool.txt', 'w').write('evil')\n" + GAIN,
+                  *(GAIN + f"open('src/prog.py', 'w').write({source!r})" for source in sources))
+    result = project.run()
+    assert result.code == 0, result
+    assert project.verdicts()[:2] == [KEPT, KEPT] and project.verdicts()[-1] == KEPT, project.verdicts()
+    assert not any(verdict.startswith(("crash", "void")) for verdict in project.verdicts()), project.verdicts()

@@ -58,6 +58,7 @@ def whole(project: Project) -> None:
 
 QUIT = "print('SCALAR_LOOP_GIVE_UP all is tuned')"
 FAIL = "raise SystemExit(3)"
+BY_TURN = "import os; open('src/value.txt', 'w').write('x' * int(os.environ['SCALARLOOP_TURN']))"
 STOPS: Dict[str, Tuple[Changes, Sequence[str], int, str, List[str]]] = {
     "iterations": ({}, [write(90), "pass"], 0, "iterations", ["keep", "no_change"]),
     "target": ({"loop": {"target": 85}}, [write(90), write(84), write(70)], 0, "target",
@@ -83,7 +84,7 @@ STOPS: Dict[str, Tuple[Changes, Sequence[str], int, str, List[str]]] = {
                                [write(90), write(80), write(70)], 0, "max_cost",
                                ["keep", "keep"]),
     "max_cost_counts_rework": ({"agent": {"price_per_turn": 1, "max_cost": 3, "rework": 2}},
-                               [write("x"), write(80)], 0, "max_cost", ["crash"]),
+                               [BY_TURN, write(80)], 0, "max_cost", ["crash"]),
     "check_in": ({"loop": {"check_in": 2}}, [write(90), "pass", write(70)], 3, "check_in",
                  ["keep", "no_change"]),
 }

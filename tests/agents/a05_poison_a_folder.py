@@ -33,6 +33,18 @@ def add_ignored():
     Path("build/result.txt").write_text("0\n")
 
 
+def odd_ignored():
+    """Whatever an ignored folder is full of, it is thrown away."""
+    lower()
+    os.makedirs("build/deep")
+    os.mkfifo("build/fifo")
+    os.symlink("/etc", "build/link")
+    os.symlink("../../data", "build/deep/data")
+    Path("build/deep/na\nme").write_text("x")
+    Path("build/tool").write_text("x")
+    os.chmod("build/tool", 0o4755)
+
+
 def own_ignore_rule():
     """A rule that the agent wrote counts for nothing."""
     lower()

@@ -80,6 +80,16 @@ def bottomless():
         os.chdir("d")
 
 
+def deep_file():
+    """A file so deep that a program which recurses runs out of stack."""
+    lower()
+    os.chdir("src")
+    for _ in range(1500):
+        os.mkdir("d")
+        os.chdir("d")
+    os.mknod("x.txt")
+
+
 def empty_folders():
     """Folders alone are nothing: git has none."""
     lower()

@@ -26,6 +26,31 @@ def note_in_tree():
     program(NOTE.replace('"..", "src", ', ""))
 
 
+FOLDERS = """
+import os
+seen = [os.stat(".").st_mode & 0o001, int(os.stat(".").st_mtime) == 12345, os.path.exists(".git/note")]
+for path in (".git/config", ".git/HEAD"):
+    seen.append("mine" in open(path).read())
+    open(path, "a").write("# mine\\n")
+open(".git/note", "w").close()
+try:
+    seen.append("user.note" in os.listxattr("."))
+    os.setxattr(".", "user.note", b"1")
+except (AttributeError, OSError):
+    pass
+if any(seen):
+    os._exit(7)
+os.chmod(".", 0o701)
+os.utime(".", (12345, 12345))
+"""
+
+
+def note_on_folder():
+    """Modes, times and attributes of folders, and what a throwaway .git holds, are notes too."""
+    lower()
+    program(FOLDERS)
+
+
 def honest():
     lower()
     program("import tempfile; tempfile.NamedTemporaryFile().write(b'scratch')")
