@@ -2689,12 +2689,18 @@ def outside_path(config: Config, word: str) -> str:
     return os.path.abspath(os.path.join(config.folder, os.path.expanduser(word)))
 
 
+def any_case(name: str) -> str:
+    """Return a glob for a name in any letters: some file systems don't tell them apart."""
+    return "".join(f"[{c.lower()}{c.upper()}]" if c.isalpha() else f"[{c}]" if c in "*?[" else c
+                   for c in name)
+
+
 def make_scope(config: Config, prefix: bytes) -> Scope:
     """Build the scope of a config for a loop.ini that sits at `prefix` in its repository."""
     loop = config.loop
     return Scope(prefix, tuple(map(split_glob, loop.scope)),
                  (*(split_glob(word) for word in loop.seal if not is_outside(word)),
-                  (os.path.basename(config.path),), ("**", ".scalarloop")),
+                  (any_case(os.path.basename(config.path)),), ("**", any_case(".scalarloop"))),
                  tuple(map(split_glob, loop.ignore)))
 
 

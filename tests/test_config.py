@@ -546,7 +546,8 @@ scope =
 command = python3 -c
     'print(1)'
 """)
-    assert config.loop.goal == "First line.\nSecond line: with = and # in it.\n\nAfter an empty one."
+    assert config.loop.goal == (
+        "First line.\nSecond line: with = and # in it.\n\nAfter an empty one.")
     assert config.loop.scope == ("src/**", "lib/*.py")
     assert config.metric.command == ("python3", "-c", "print(1)")
 
@@ -593,7 +594,8 @@ def test_prose_in_a_goal_may_hold_equal_signs(tmp_path: Path) -> None:
     assert load(tmp_path, with_keys(("loop", "goal", goal))).loop.goal.startswith("x = 3")
 
 
-@pytest.mark.parametrize("name", ["a\x1b[31mb", "a\x0bb", "a\u2028b", "a\x85b", "a\x0cb", "\u202eab"])
+@pytest.mark.parametrize("name", ["a\x1b[31mb", "a\x0bb", "a\u2028b", "a\x85b", "a\x0cb",
+                                  "\u202eab"])
 def test_odd_characters_in_names_are_escaped(tmp_path: Path, name: str) -> None:
     problems(tmp_path, MINIMAL + f"{name} = 1\n")
     problems(tmp_path, MINIMAL + f"[{name}]\nx = 1\n")

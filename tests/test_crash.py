@@ -207,7 +207,7 @@ def test_a_share_of_all_calls_may_go_wrong(cord: Cord, whole: Outcome, tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_any_call_may_go_wrong(cord: Cord, whole: Outcome, tmp_path: Path, mode: str) -> None:
-    assert sweep(cord, whole, tmp_path, mode, itertools.count(1)) > 100
+    assert sweep(cord, whole, tmp_path, mode, itertools.count(1)) > 30
 
 
 # ---- order: what a record or a ref names is on disk before it

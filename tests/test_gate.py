@@ -1,4 +1,4 @@
-"""The gate: each bad set-up is refused in one clear line, with its exit code, and changes nothing."""
+"""The gate: each bad set-up is refused in one clear line, with its exit code; nothing changes."""
 from __future__ import annotations
 
 import fcntl
@@ -440,7 +440,8 @@ RUNS: Dict[str, Callable[[Project], Case]] = {
                             pattern="^size (.*)$"),
     "exit_1": metric("print('METRIC a=1'); raise SystemExit(1)", "metric.exit", "exit 1"),
     "killed": metric("import os; os.kill(os.getpid(), 9)", "metric.exit", "SIGKILL"),
-    "hangs": metric("import time; time.sleep(60)", "metric.timeout", "timed out after 1.", "raise its timeout",
+    "hangs": metric("import time; time.sleep(60)", "metric.timeout", "timed out after 1.",
+                    "raise its timeout",
                     timeout="1s"),
     "writes_source": metric("open('src/value.txt', 'a'); print('METRIC a=1', flush=True)\n"
                             "open('src/value.txt', 'a').write('1')", "seal.touched_during_run",
@@ -619,8 +620,8 @@ def test_a_config_in_a_sub_folder(project: Project) -> None:
     assert (project.root / "sub" / ".scalarloop" / "t" / "ledger.jsonl").exists()
 
 
-@pytest.mark.parametrize("name", ["with blanks", "日本", b"caf\xe9".decode("utf-8", "surrogateescape"),
-                                  "a\nb", "-x", "'quote\""])
+@pytest.mark.parametrize("name", ["with blanks", "日本", os.fsdecode(b"caf\xe9"), "a\nb", "-x",
+                                  "'quote\""])
 def test_a_project_in_a_folder_with_an_odd_name(project: Project, name: str) -> None:
     target = project.tmp / name
     project.root.rename(target)
@@ -765,7 +766,11 @@ def test_gits_version_is_looked_at(project: Project, version: str, fine: bool) -
 
 
 def test_a_git_that_only_fails(project: Project) -> None:
-    env = bin_folder(project, "sh", git="#!/bin/sh\necho xcode-select: no developer tools >&2\nexit 1\n")
+    env = bin_folder(project, "sh", git="""\
+        #!/bin/sh
+        echo xcode-select: no developer tools >&2
+        exit 1
+        """)
     lines = refused(project, env=env)
     assert len(lines) == 1 and says(lines, "git", "no developer tools"), lines
 
@@ -781,7 +786,8 @@ def test_an_empty_path(project: Project) -> None:
     (lambda path: path.write_bytes(b" " * 40 + b"\n"), "shorter than 16 bytes"),
     (lambda path: path.write_bytes(b""), "shorter than 16 bytes"),
 ], ids=["missing", "folder", "short", "blank", "empty"])
-def test_a_ledger_key_that_is_none(project: Project, make: Callable[[Path], Any], words: str) -> None:
+def test_a_ledger_key_that_is_none(project: Project, make: Callable[[Path], Any], words: str
+                                   ) -> None:
     path = project.tmp / "key"
     make(path)
     lines = refused(project, env={"SCALARLOOP_LEDGER_KEY": str(path)})
@@ -860,7 +866,7 @@ def test_a_read_only_project(project: Project) -> None:
 def test_a_repository_that_can_not_be_written(project: Project) -> None:
     """The state folder can, .git can't: said at the gate, not after a night."""
     project.save_config()
-    found = in_namespace(project, f"""
+    found = in_namespace(project, """
         mount -o bind .git .git
         mount -o remount,bind,ro .git
         loop run loop.ini
@@ -1095,7 +1101,7 @@ def test_odd_file_names_in_any_language(project: Project, env: Dict[str, str]) -
         with open(os.path.join(os.fsencode(project.root / "src"), os.fsencode(name)), "w") as file:
             file.write("1\n")
     project.commit()
-    project.turns(f"""
+    project.turns("""
         import os
         open("src/value.txt", "w").write("90\\n")
         open("src/naïve.txt", "w").write("2\\n")

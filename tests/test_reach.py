@@ -378,8 +378,8 @@ def test_more_lines_than_are_looked_at_are_too_many(project: Project) -> None:
     assert project.verdicts() == ["violation metric.ambiguous"] * 3 + [KEPT]
 
 
-WIDE = {"loop.ini": "seal.modified", ".scalarloop/t/ledger.jsonl": "scope.created", ".scalarloop/.gitignore": "census.git_file",
-        "sub/.Scalarloop/x": "scope.created"}
+WIDE = {"loop.ini": "seal.modified", ".scalarloop/t/ledger.jsonl": "seal.created", ".scalarloop/.gitignore": "seal.created",
+        ".Scalarloop/x": "seal.created"}
 
 
 @pytest.mark.parametrize("path", WIDE)
@@ -484,7 +484,7 @@ def test_guards_are_watched_like_the_metric(project: Project) -> None:
 def test_a_second_turn_mends_and_launders_nothing(project: Project) -> None:
     """Edits of a crashed first turn stay for the second; each turn's census is of everything since the incumbent."""
     project.config["agent"]["rework"] = 1
-    crash = "open('src/value.txt', 'w').write('nothing')"
+    crash = "open('src/value.txt', 'w').write('nothing %s' % os.environ['SCALARLOOP_ITERATION'])"
     again = "import os\nsecond = os.environ['SCALARLOOP_TURN'] == '2'\n"
     project.turns(
         again + f"open('src/value.txt', 'w').write('90') if second else {crash}",
