@@ -1,7 +1,7 @@
 """Every attack on one table: the act, the verdict, the reason; and what must hold after each.
 
-A night is one run of the loop: the hostile acts of a line, then its honest twin, which must be kept,
-then the next line. `pytest -k a01` plays that part of a night alone.
+A night is one run of the loop: the hostile acts of a line, then its honest twin, which must be
+kept, then the next line. `pytest -k a01` plays that part of a night alone.
 """
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ MARK = "SCALARLOOP_TEST_NIGHT"
 KEPT = "keep metric.better"
 ROOT = os.geteuid() == 0
 ONLY_ROOT = pytest.mark.skipif(not ROOT, reason="needs root to make a device")
-NOT_ROOT = pytest.mark.skipif(ROOT, reason="ROOT READS EVERYTHING: run the tests as an ordinary user too")
+NOT_ROOT = pytest.mark.skipif(ROOT, reason="ROOT READS EVERYTHING: "
+                              "run the tests as an ordinary user too")
 
 
 class Row(NamedTuple):
@@ -110,7 +111,8 @@ def set_up_split(project: Project) -> None:
 
 
 SET_UPS: Dict[str, Callable[[Project], None]] = {
-    "turn": set_up_turn, "git": set_up_turn, "program": set_up_program, "trusting": set_up_program, "split": set_up_split}
+    "turn": set_up_turn, "git": set_up_turn, "program": set_up_program,
+    "trusting": set_up_program, "split": set_up_split}
 
 TABLE: List[Any] = []
 
@@ -415,7 +417,8 @@ class Night:
         with pytest.MonkeyPatch.context() as monkeypatch:
             pin(monkeypatch, folder)
             self.project = project = make_project(folder)
-            self.home, self.tmp, self.mark = folder / "home", folder / "tmp", f"{name}-{os.getpid()}"
+            self.home, self.tmp = folder / "home", folder / "tmp"
+            self.mark = f"{name}-{os.getpid()}"
             self.precious = self.home / "precious"
             self.precious.mkdir(mode=0o500)
             project.config["metric"]["command"] = f"{project.python} metric.py"
