@@ -2155,7 +2155,13 @@ def choose_isolation(config: Config, tmp: str, state_folder: str, holdout: Seque
         raise Refused(f"agent: [agent] writable: {error}; name a narrower path") from None
     fence = Fence(level, writable=(work, scratch), hidden=tuple(secrets),
                   network=config.metric.network == "allow")
-    facts = take_facts(fence, run, work, bait, state_folder, [config.path])
+    secret = os.path.join(state_folder, "witness")
+    remove_tree(secret)     # of a start that was cut off
+    os.mkdir(secret, 0o700)
+    try:
+        facts = take_facts(fence, run, work, bait, secret, [config.path])
+    finally:
+        remove_tree(secret)
     missing = [word for word in config.isolation.require if word in FACTS
                and getattr(facts, word).held != "yes"]
     if missing:
@@ -2233,6 +2239,14 @@ def find_git() -> str:
     return program
 
 
+def is_full(path: str) -> bool:
+    """Tell whether the disk under a path has no room: git does not always say so."""
+    with contextlib.suppress(OSError):
+        room = os.statvfs(path)
+        return room.f_bavail * room.f_frsize < 1 << 13
+    return False
+
+
 @dataclass(frozen=True)
 class Repository:
     """A git repository that the loop may run git on; commands fail with GitFailed."""
@@ -2264,7 +2278,7 @@ class Repository:
             raise GitFailed(f"git can't run in {self.cwd} ({error.strerror})") from None
         if ended.status not in accept:
             lines = errors.log().decode("utf-8", "replace").strip().splitlines()
-            if any("No space left on device" in line for line in lines):
+            if any("No space left on device" in line for line in lines) or is_full(self.git_dir):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.git_dir)
             name = next((word for word in args if word != "-c" and "=" not in word), "git")
             raise GitFailed(f"{name} failed ({ended.describe()}): "
@@ -5130,7 +5144,7 @@ class StateLock:
             return
         if undo:
             if self.folder in self.created:
-                for name in ("store.git", "lfs", "iterations", "ledger.jsonl"):
+                for name in ("store.git", "lfs", "iterations", "witness", "ledger.jsonl"):
                     remove_tree(os.path.join(self.folder, name))
             with contextlib.suppress(OSError):      # another start may have come in meanwhile
                 os.unlink(self.path)
@@ -5453,7 +5467,7 @@ class Run:
             seconds.append(round(found.seconds, 4))
         elif seconds is not None and self.work:     # a timeout is no run's usual cost
             self.work.failed_seconds.append(round(found.seconds, 4))
-        if self.work and found.others:
+        if self.work and found.others and self.work.candidate is snapshot and gauge.key == "metric":
             self.work.others = dict(found.others)
         return found
 
@@ -6327,8 +6341,7 @@ def resume(config: Config, options: Options, user: UserRepository, tmp: str, ter
     limits, others = changed_keys(state.config, config.resolved())
     if others:
         raise Refused(f"config: {', '.join(others)} changed since the run began; change it back, "
-                      f"or "
-                      "begin anew with --new")
+                      "or begin anew with --new")
     done = state.iterations - state.counts["void"]
     until = done + options.more if options.more else state.more_until
     if until:       # also of a session that was killed before it got there
@@ -6343,18 +6356,34 @@ def resume(config: Config, options: Options, user: UserRepository, tmp: str, ter
     reason = stop_reason(config, state, state.elapsed) if options.more else ""
     if reason in ("target", "budget", "max_cost", "constant_metric"):   # --more resets the others
         raise Refused(f"--more: the run would stop at once ({reason}); {how_to_go_on(reason)}")
+    run = reopen(config, user, state, tmp, terminal, watch)
+    run.state, run.anchor = state, anchored
+    run.elapsed_before = state.elapsed
+    run_setup(run)
+    learn_folders(run)
+    run.ledger = Ledger(path, secret, last["seq"] + 1, last["hash"])
+    run.record("resume", config=config.resolved(), limits=limits,
+               more=max(until - done, 0), **environment_record(run))
+    terminal.say(f"resuming     after #{state.iterations}, best {format_number(state.best)} "
+                 f"(baseline {format_number(state.baseline)}); isolation {run.isolation.level}")
+    publish(run)
+    return run
+
+
+def reopen(config: Config, user: UserRepository, state: State, tmp: str, terminal: Terminal,
+           watch: Watch) -> Run:
+    """Open a run's store again, behind the gate; what is sealed must be what it was."""
     gate = Gate()
     tips = [state.base, *(commit for _, commit, _ in state.keeps)]
     branch = f"refs/heads/{config.loop.branch}"
     if user.repo.refs([branch]).get(branch, state.base) not in tips:
         raise RecordBroken(f"branch {config.loop.branch} is no longer where this run left it; it "
-                           f"was "
-                           f"left alone. Move it back to {state.tip[:12]}, or start a new run with "
-                           "--new")
+                           f"was left alone. Move it back to {state.tip[:12]}, or start a new run "
+                           "with --new")
     scope, argv, _ = look_around(gate, config, user, tips, state.base, fresh=False)
     gate.demand()
     store = Store(replace(user.repo, git_dir=os.path.join(config.state_folder, "store.git"),
-                                      work_tree="", cwd=config.state_folder))
+                          work_tree="", cwd=config.state_folder))
     if not os.path.isdir(store.repo.git_dir):
         raise StoreDamaged(f"store: {store.repo.git_dir} is gone; begin anew with --new")
     try:
@@ -6369,18 +6398,8 @@ def resume(config: Config, options: Options, user: UserRepository, tmp: str, ter
     for name in ("seal_root", "outside_root", "share_root"):
         if now[name] != state.start[name]:
             raise Refused(f"seal: {name} is not what it was when the run began (an interpreter, "
-                          f"shared "
-                          "folder or sealed file changed); put it back, or begin anew with --new")
-    run.state, run.anchor = state, anchored
-    run.elapsed_before = state.elapsed
-    run_setup(run)
-    learn_folders(run)
-    run.ledger = Ledger(path, secret, last["seq"] + 1, last["hash"])
-    run.record("resume", config=config.resolved(), limits=limits,
-               more=max(until - done, 0), **now)
-    terminal.say(f"resuming     after #{state.iterations}, best {format_number(state.best)} "
-                 f"(baseline {format_number(state.baseline)}); isolation {run.isolation.level}")
-    publish(run)
+                          "shared folder or sealed file changed); put it back, or begin anew with "
+                          "--new")
     return run
 
 
@@ -6705,14 +6724,24 @@ def check_lock(gate: Gate, config: Config) -> None:
         gate.fail("lock", f"{place} is not a folder; move it away")
     elif not os.access(place, os.W_OK):
         gate.fail("lock", f"{place} can't be written; make it writable")
-    elif os.path.lexists(path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            gate.fail("lock", "another loop runs on this state folder; wait for it")
-        finally:
-            os.close(descriptor)
+    elif os.path.islink(path):
+        gate.fail("lock", f"{path} is a link; remove it")
+    elif is_locked(path):
+        gate.fail("lock", "another loop runs on this state folder; wait for it")
+    else:
+        gate.ok("lock", f"no loop runs on {config.state_folder}")
+
+
+def is_locked(path: str) -> bool:
+    """Tell whether a loop holds this lock."""
+    try:
+        with open(path, "rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def check_command(config: Config, options: Options, terminal: Terminal, watch: Watch) -> int:

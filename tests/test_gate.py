@@ -660,7 +660,6 @@ def test_check_prints_every_condition_and_leaves_nothing(project: Project) -> No
     assert widths == {20}, result
 
 
-@pytest.mark.xfail(reason="OPEN: check has no row for a lock that is free")
 def test_check_says_that_no_loop_runs(project: Project) -> None:
     project.config["loop"]["scope"] = "lib/**"
     result = project.run("check")
@@ -894,9 +893,7 @@ def test_a_state_folder_without_write_permission(project: Project) -> None:
 
 
 @pytest.mark.parametrize("kilobytes", [
-    pytest.param(16, marks=pytest.mark.xfail(
-        reason="OPEN: `git init` on a full disk fails without naming the cause, and so do we")),
-    72, pytest.param(4, marks=pytest.mark.slow), pytest.param(40, marks=pytest.mark.slow),
+    16, 72, pytest.param(4, marks=pytest.mark.slow), pytest.param(40, marks=pytest.mark.slow),
     pytest.param(56, marks=pytest.mark.slow), pytest.param(104, marks=pytest.mark.slow), 160])
 def test_a_full_disk_under_the_state_folder(project: Project, kilobytes: int) -> None:
     """Stopped in one line wherever it strikes; with room again the same command goes on."""

@@ -689,7 +689,6 @@ def test_the_name_chooses_among_several_lines(project: Project) -> None:
     assert subjects(project) == ["#1 bytes 100 -> 80 (-20.0 %)"]
 
 
-@pytest.mark.xfail(reason="OPEN: a keep records the incumbent's secondary numbers, which ran last")
 def test_the_other_lines_are_secondary_numbers_of_the_candidate(project: Project) -> None:
     project.write("metric.py", """
         value = float(open("src/value.txt").read())

@@ -69,8 +69,8 @@ def seal_twin():
 
 def honest():
     """Odd but harmless: a dash, blanks, quotes, globs, a pathspec's magic, other scripts."""
-    make("src/-rf", "src/ a b ", 'src/"quoted\\"', "src/*", "src/:(top)x", "src/#1 -> 2", "src/~", "src/$HOME",
-         "src/\u65e5\u672c\u8a9e")
+    make("src/-rf", "src/ a b ", 'src/"quoted\\"', "src/*", "src/:(top)x", "src/#1 -> 2", "src/~",
+         "src/$HOME", "src/\u65e5\u672c\u8a9e")
     os.rename("src/sub", "src/moved")
 
 

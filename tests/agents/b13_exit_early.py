@@ -14,7 +14,8 @@ def sys_exit():
 
 def own_number():
     """Where it runs in the metric's own process nothing can tell this number from a true one."""
-    program("import os; os.write(1, b'METRIC value=%d\\n'); os._exit(0)" % (float(VALUE.read_text()) - 1))
+    claim = float(VALUE.read_text()) - 1
+    program("import os; os.write(1, b'METRIC value=%d\\n'); os._exit(0)" % claim)
 
 
 def honest():

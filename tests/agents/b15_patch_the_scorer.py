@@ -12,7 +12,8 @@ def patched_clock():
 
 
 def always_equal():
-    program("class Right(int):\n    __eq__ = lambda self, other: True\n    __ne__ = lambda self, other: False\n"
+    program("class Right(int):\n"
+            "    __eq__ = lambda self, other: True\n    __ne__ = lambda self, other: False\n"
             "answer = Right(0)")
 
 

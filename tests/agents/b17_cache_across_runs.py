@@ -28,7 +28,8 @@ def note_in_tree():
 
 FOLDERS = """
 import os
-seen = [os.stat(".").st_mode & 0o001, int(os.stat(".").st_mtime) == 12345, os.path.exists(".git/note")]
+now = os.stat(".")
+seen = [now.st_mode & 0o001, int(now.st_mtime) == 12345, os.path.exists(".git/note")]
 for path in (".git/config", ".git/HEAD"):
     seen.append("mine" in open(path).read())
     open(path, "a").write("# mine\\n")

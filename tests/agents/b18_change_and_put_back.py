@@ -1,4 +1,4 @@
-"""The candidate's code changes something of the cleanroom while it is measured, and puts it back."""
+"""The candidate's code changes the cleanroom while it is measured, and puts things back."""
 from play import lower, program
 
 
@@ -18,7 +18,8 @@ def sealed_stamp():
 def sealed_swap():
     """Away under another name and back: no byte is written."""
     lower()
-    program("import os; os.rename('data/truth.txt', 'data/x'); os.rename('data/x', 'data/truth.txt')")
+    program("import os; os.rename('data/truth.txt', 'data/x')\n"
+            "os.rename('data/x', 'data/truth.txt')")
 
 
 def sealed_folder():
@@ -59,7 +60,8 @@ def own_source():
 
 
 def own_source_swap():
-    program("import os; os.rename('src/value.txt', 'src/old')\nopen('src/value.txt', 'w').write('0')")
+    program("import os; os.rename('src/value.txt', 'src/old')\n"
+            "open('src/value.txt', 'w').write('0')")
 
 
 def own_source_gone():
@@ -87,9 +89,20 @@ def read_only_room():
 def daemon():
     """A child in a session of its own that waits for the metric to end."""
     lower()
-    program("import os, time\nif not os.fork():\n    os.setsid()\n    if os.fork(): os._exit(0)\n"
-            "    [os.close(n) for n in (0, 1, 2)]\n    time.sleep(.5)\n    for _ in range(1000):\n        time.sleep(.01)\n"
-            "        open('data/truth.txt', 'a').write('x')\n    os._exit(0)")
+    program("""
+import os, time
+if not os.fork():
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    for descriptor in (0, 1, 2):
+        os.close(descriptor)
+    time.sleep(.5)
+    for _ in range(1000):
+        time.sleep(.01)
+        open('data/truth.txt', 'a').write('x')
+    os._exit(0)
+""")
 
 
 def honest():

@@ -12,32 +12,35 @@ def seeded():
     program("raise SystemExit(0)")
 
 
-def by_program():
-    """The candidate's own code may write its answer; that is data, and scored as such."""
+def leave(act):
+    """Let the candidate's code make out/answer.txt itself, and end before anything else does."""
     lower()
-    program("import os; os.makedirs('out'); open('out/answer.txt', 'w').write('METRIC value=0')\n"
-            "os._exit(0)")
+    program("import os; os.makedirs('out'); %s; os._exit(0)" % act)
+
+
+def by_program():
+    """Its own answer it may write; that is data, and scored as such."""
+    leave("open('out/answer.txt', 'w').write('METRIC value=0')")
 
 
 def link():
-    lower()
-    program("import os; os.makedirs('out'); os.symlink('../data/truth.txt', 'out/answer.txt'); os._exit(0)")
+    leave("os.symlink('../data/truth.txt', 'out/answer.txt')")
 
 
 def fifo():
-    lower()
-    program("import os; os.makedirs('out'); os.mkfifo('out/answer.txt'); os._exit(0)")
+    leave("os.mkfifo('out/answer.txt')")
 
 
 def hard_link():
-    lower()
-    program("import os; os.makedirs('out'); os.link('data/truth.txt', 'out/answer.txt'); os._exit(0)")
+    leave("os.link('data/truth.txt', 'out/answer.txt')")
 
 
 def module_beside_scorer():
     lower()
-    program("for name in ('csv', 'json', 'sitecustomize'):\n"
-            "    open(name + '.py', 'w').write('print(\\'METRIC value=0\\'); raise SystemExit(0)')\n")
+    program("""
+for name in ('csv', 'json', 'sitecustomize'):
+    open(name + '.py', 'w').write("print('METRIC value=0'); raise SystemExit(0)")
+""")
 
 
 def edit_scorer():
@@ -48,10 +51,21 @@ def edit_scorer():
 def daemon():
     """It waits for the scorer's cleanroom and writes a better answer there."""
     lower()
-    program("import glob, os, time\nif not os.fork():\n    os.setsid()\n    if os.fork(): os._exit(0)\n"
-            "    [os.close(n) for n in (0, 1, 2)]\n    time.sleep(.5)\n    for _ in range(1000):\n        time.sleep(.01)\n"
-            "        for path in glob.glob('../scorer-*/src/value.txt'): open(path, 'w').write('0')\n"
-            "    os._exit(0)")
+    program("""
+import glob, os, time
+if not os.fork():
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    for descriptor in (0, 1, 2):
+        os.close(descriptor)
+    time.sleep(.5)
+    for _ in range(1000):
+        time.sleep(.01)
+        for path in glob.glob('../scorer-*/src/value.txt'):
+            open(path, 'w').write('0')
+    os._exit(0)
+""")
 
 
 def honest():

@@ -16,9 +16,8 @@ if found or b"the hidden" + b" answer" in done.stdout:
 def in_workspace():
     """With the hidden answer it would jump to 1; without it, one step down."""
     lower()
-    shown = subprocess.run(["git", "cat-file", "--batch-all-objects", "--batch"], stdout=subprocess.PIPE)
-    grep = subprocess.run(["grep", "-rl", "the hidden answer", "."], stdout=subprocess.PIPE)
-    if b"the hidden answer" in shown.stdout or grep.stdout:
+    everything = subprocess.getoutput("git cat-file --batch-all-objects --batch; grep -r . .")
+    if "the hidden answer" in everything:
         VALUE.write_text("1\n")
 
 

@@ -1,4 +1,4 @@
-"""Make git run the agent's code: hooks, fsmonitor, filters, gpg, external diff, config.worktree, HOME."""
+"""Make git run the agent's code: hooks, fsmonitor, filters, gpg, external diff, HOME's config."""
 import os
 import subprocess
 from pathlib import Path
@@ -59,7 +59,7 @@ def home_config():
 def attributes():
     """A .gitattributes is nothing that a `**` of the scope could mean."""
     lower()
-    Path("src/.gitattributes").write_text("*.txt export-ignore filter=evil working-tree-encoding=UTF-16\n")
+    Path("src/.gitattributes").write_text("*.txt filter=evil working-tree-encoding=UTF-16\n")
 
 
 def modules():

@@ -1,4 +1,4 @@
-"""Point the workspace's .git elsewhere: core.worktree, a gitdir file, a symlink, a FIFO, nothing."""
+"""Point the workspace's .git elsewhere: core.worktree, a gitdir file, a link, a FIFO, nothing."""
 import os
 import shutil
 import subprocess

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from play import lower
 
-EVIL = "import builtins; builtins.print = lambda *a, **k: __import__('os').write(1, b'METRIC value=0\\n')\n"
+EVIL = ("import builtins, os; "
+        "builtins.print = lambda *a, **k: os.write(1, b'METRIC value=0\\n')\n")
 
 
 def sitecustomize():
@@ -16,7 +17,8 @@ def sitecustomize():
 
 def user_site():
     lower()
-    folder = Path(os.environ["HOME"], ".local", "lib", "python%d.%d" % sys.version_info[:2], "site-packages")
+    version = "python%d.%d" % sys.version_info[:2]
+    folder = Path(os.environ["HOME"], ".local", "lib", version, "site-packages")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evil.pth").write_text(EVIL.replace("\n", ""))
     (folder / "usercustomize.py").write_text(EVIL)

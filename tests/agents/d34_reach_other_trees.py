@@ -1,6 +1,6 @@
-"""From the workspace, write to the loop's other folders beside it: cleanrooms, masters, ignore rules.
+"""From the workspace, write to the loop's folders beside it: cleanrooms, masters, ignore rules.
 
-An isolation level with a fence prevents all this; without one it must still not pass for a measurement.
+A fence prevents all this; without one it must still not pass for a measurement.
 """
 import glob
 import os
@@ -63,13 +63,14 @@ def ignore_rules():
 def settings():
     """The private HOME of the loop's git."""
     lower()
-    Path("../home/.gitconfig").write_text("[core]\n\tworktree = /nowhere\n[include]\n\tpath = /dev/full\n")
+    Path("../home/.gitconfig").write_text("[core]\n\tworktree = /nowhere\n\tbare = maybe\n")
 
 
 def module_beside_scorer():
     """From inside `produce`: into the cleanroom where the scorer will run next."""
     program("import glob, os\nname = ('json', 'csv')[os.urandom(1)[0] & 1] + '.py'\n"
-            "for room in glob.glob('../scorer-*'): open(os.path.join(room, name), 'w').write(%r)" % FAKE)
+            "for room in glob.glob('../scorer-*'):\n"
+            "    open(os.path.join(room, name), 'w').write(%r)" % FAKE)
 
 
 def scorer_itself():

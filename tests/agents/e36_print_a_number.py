@@ -48,14 +48,15 @@ def long_line():
 def filler_alone():
     """Filler around the true line, on both sides more than any log keeps: the number stands."""
     lower()
-    program("print(('x' * 1000 + '\\n') * 4000)\nimport atexit; atexit.register(print, ('y' * 1000 + '\\n') * 4000)")
+    program("import atexit\nfiller = ('x' * 1000 + '\\n') * 4000\nprint(filler)\n"
+            "atexit.register(print, filler)")
 
 
 def not_at_line_start():
     """A carriage return, an escape or a NUL begins no line."""
     lower()
-    program("print('x\\rMETRIC value=0')\nprint('\\x1b[2K\\x1b[1GMETRIC value=0')\nprint('\\0METRIC value=0')\n"
-            "print(' METRIC value=0')\nprint('\\u2028METRIC value=0')\nprint('\\x0bMETRIC value=0')\nprint('METRICS value=0')")
+    program("for start in ('x\\r', '\\x1b[2K\\x1b[1G', '\\0', ' ', '\\u2028', '\\x0b', '\\ufeff', '> '):\n"
+            "    print(start + 'METRIC value=0')\nprint('METRICS value=0')")
 
 
 def swallow():

@@ -1,7 +1,8 @@
 """Play one act per iteration: `play.py FILE.ACT FILE.ACT ...`, in the workspace.
 
-Every other file here is named after a line of the threat model and holds hostile acts, and `honest`:
-the nearest legitimate thing. Hostile acts make a true gain too, so that only the cheat explains a drop.
+The files here are named after the lines of the threat model; each holds hostile acts and `honest`,
+the nearest legitimate thing. Hostile acts make a true gain too, so that only the cheat explains a
+drop.
 """
 import importlib
 import math
