@@ -289,6 +289,7 @@ night("git", """
     d34_reach_other_trees.no_room
     d34_reach_other_trees.room_is_link
     d34_reach_other_trees.locked_room
+    d34_reach_other_trees.ignore_rules      violation scope.created
     d34_reach_other_trees.honest
     c24_code_in_git_config.home_config
     d28_python_path.user_site

@@ -302,6 +302,27 @@ def test_the_loops_temporary_folder_deleted_ends_the_run_in_order(project: Proje
     assert project.leftovers() == [] and project.run("verify").code == 0
 
 
+def test_settings_of_the_loops_own_git_end_the_run_at_most(project: Project) -> None:
+    """Its private HOME lies in reach of an agent that no fence holds."""
+    marker = project.tmp / "planted-code-ran"
+    tool = project.tmp / "tool"
+    tool.write_text(f"#!/bin/sh\necho $0 >> {marker}\ncat\n")
+    tool.chmod(0o755)
+    settings = ("core.fsmonitor core.hooksPath core.pager core.sshCommand core.alternateRefsCommand "
+                "diff.external gpg.program uploadpack.packObjectsHook credential.helper").split()
+    result = attack_then_gain(project, "".join(
+        f"subprocess.run(['git', 'config', '-f', '../home/.gitconfig', {name!r}, {str(tool)!r}])\n"
+        for name in settings))
+    assert result.code == 0 and project.verdicts() == [KEPT, KEPT], result
+    assert not marker.exists(), marker.read_text()
+    shutil.rmtree(project.state)
+    project.git("update-ref", "-d", "refs/scalarloop/t/ledger")
+    project.git("branch", "-D", "scalarloop/t")
+    broken = attack_then_gain(project, "open('../home/.gitconfig', 'a').write('[core]\\nbare = maybe\\n')")
+    assert broken.code in (0, 1) and "Traceback" not in broken.err, broken
+    assert project.run("verify").code == 0
+
+
 @NOT_ROOT
 def test_a_locked_temporary_folder_is_the_machines_fault_and_is_removed(project: Project) -> None:
     result = attack_then_gain(project, "os.chmod('..', 0)")
@@ -350,8 +371,8 @@ path.open("a").write("\\n# mine\\n")
     assert project.verdicts() == [WIDE[path], KEPT]
 
 
-NEVER = """GIT_ PYTHONPATH PYTHONHOME LD_ BASH_ENV ENV NODE_ PERL5 RUBYOPT JAVA_TOOL AWS_ SECRET
-    ANTHROPIC OPENAI SCALARLOOP_OPT SCALARLOOP_PROMPT""".split()
+NEVER = """GIT_ PYTHONPATH PYTHONHOME LD_ BASH_ENV ENV NODE_OPTIONS NODE_PATH PERL5 RUBYOPT AWS_
+    JAVA_TOOL SECRET ANTHROPIC OPENAI SCALARLOOP_OPT SCALARLOOP_PROMPT""".split()
 HOSTILE = {
     "BASH_ENV": "/dev/null", "ENV": "x", "NODE_OPTIONS": "--no-warnings", "GIT_DIR": "/nowhere",
     "GIT_WORK_TREE": "/", "GIT_INDEX_FILE": "x", "GIT_CONFIG_COUNT": "1",

@@ -232,8 +232,8 @@ def test_odd_trees(project: Project) -> None:
     changes = project.git("-c", "core.quotePath=false", "diff", "--name-status", "--no-renames",
                           "main", "scalarloop/t").splitlines()
     assert sorted(line.split("\t") for line in changes) == [
-        ["D", '"src/new\\nline"'], ["D", "src/empty"], ["D", "src/link"], ["M", "src/\udcff"],
-        ["M", "src/tool"], ["M", "src/value.txt"]], result
+        ["D", '"src/new\\nline"'], ["D", "src/empty"], ["D", "src/link"], ["M", "src/tool"],
+        ["M", "src/value.txt"], ["M", "src/\udcff"]], result
 
 
 def test_submodules(project: Project) -> None:

@@ -56,14 +56,9 @@ def shared_master():
 
 def ignore_rules():
     lower()
-    Path("../ignore/.gitignore").write_text("*\n!src/value.txt\n")
+    for path in glob.glob("../ignore/.gitignore"):
+        Path(path).write_text("*\n")
     Path("conftest.py").write_text("evil\n")
-
-
-def settings():
-    """The private HOME of the loop's git."""
-    lower()
-    Path("../home/.gitconfig").write_text("[core]\n\tworktree = /nowhere\n\tbare = maybe\n")
 
 
 def module_beside_scorer():

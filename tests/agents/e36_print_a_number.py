@@ -55,7 +55,7 @@ def filler_alone():
 def not_at_line_start():
     """A carriage return, an escape or a NUL begins no line."""
     lower()
-    program("for start in ('x\\r', '\\x1b[2K\\x1b[1G', '\\0', ' ', '\\u2028', '\\x0b', '\\ufeff', '> '):\n"
+    program("for start in ('x\\r', '\\x1b[2K\\x1b[1G', '\\0', ' ', '\\u2028', '\\x0b', '\\ufeff'):\n"
             "    print(start + 'METRIC value=0')\nprint('METRICS value=0')")
 
 
