@@ -5662,11 +5662,26 @@ def write_plain(path: str, data: bytes, append: bool = False) -> None:
         stream.write(data)
 
 
+def write_skeleton(run: Run) -> None:
+    """Lay out the base's .gitignore files alone, for its ignore rules."""
+    root = os.path.join(run.tmp, "ignore")
+    remove_tree(root)
+    os.makedirs(root)
+    for path, entry in run.base.manifest.items():
+        if path.split(b"/")[-1] == b".gitignore" and entry.mode in (PLAIN, EXECUTABLE):
+            full = os.path.join(os.fsencode(root), path)
+            os.makedirs(os.path.dirname(full), exist_ok=True)
+            with open(full, "wb") as stream:
+                stream.write(run.store.repo.git("cat-file", "blob", entry.oid))
+
+
 def consider(run: Run, work: Work, ended: Ended, gave_up: bool) -> Known:
     """Find out what is to be known of a turn's result, as far as it matters."""
     save_memory(run)
     if gave_up:
         return Known(gave_up=True, ended=ended)
+    if not run.isolation.sealed:
+        write_skeleton(run)     # no fence: the agent may have been in there
     proposal = take_census(run.workspace, run.census_rules())
     facts = Known(ended=ended, proposal=proposal)
     if proposal.violation:
@@ -5934,18 +5949,6 @@ def share_layer(run: Run) -> Layer:
         rows = [(below, os.lstat(os.path.join(root, below))), *scan(root, below)]
         layer.add(take_layer(root, os.fsencode(os.path.join(run.tmp, "share")), rows))
     return layer
-
-
-def write_skeleton(run: Run) -> None:
-    """Lay out the base's .gitignore files alone, for its ignore rules."""
-    root = os.path.join(run.tmp, "ignore")
-    os.makedirs(root)
-    for path, entry in run.base.manifest.items():
-        if path.split(b"/")[-1] == b".gitignore" and entry.mode in (PLAIN, EXECUTABLE):
-            full = os.path.join(os.fsencode(root), path)
-            os.makedirs(os.path.dirname(full), exist_ok=True)
-            with open(full, "wb") as stream:
-                stream.write(run.store.repo.git("cat-file", "blob", entry.oid))
 
 
 def run_setup(run: Run) -> None:

@@ -308,17 +308,17 @@ def test_settings_of_the_loops_own_git_end_the_run_at_most(project: Project) -> 
     tool = project.tmp / "tool"
     tool.write_text(f"#!/bin/sh\necho $0 >> {marker}\ncat\n")
     tool.chmod(0o755)
-    settings = ("core.fsmonitor core.hooksPath core.pager core.sshCommand core.alternateRefsCommand "
-                "diff.external gpg.program uploadpack.packObjectsHook credential.helper").split()
-    result = attack_then_gain(project, "".join(
-        f"subprocess.run(['git', 'config', '-f', '../home/.gitconfig', {name!r}, {str(tool)!r}])\n"
-        for name in settings))
+    result = attack_then_gain(project, f"""
+for name in '''core.fsmonitor core.hooksPath core.pager core.sshCommand diff.external gpg.program
+        core.alternateRefsCommand uploadpack.packObjectsHook credential.helper'''.split():
+    subprocess.run(["git", "config", "-f", "../home/.gitconfig", name, {str(tool)!r}], check=True)
+""")
     assert result.code == 0 and project.verdicts() == [KEPT, KEPT], result
     assert not marker.exists(), marker.read_text()
     shutil.rmtree(project.state)
     project.git("update-ref", "-d", "refs/scalarloop/t/ledger")
     project.git("branch", "-D", "scalarloop/t")
-    broken = attack_then_gain(project, "open('../home/.gitconfig', 'a').write('[core]\\nbare = maybe\\n')")
+    broken = attack_then_gain(project, "open('../home/.gitconfig', 'a').write('[core')")
     assert broken.code in (0, 1) and "Traceback" not in broken.err, broken
     assert project.run("verify").code == 0
 
