@@ -564,7 +564,6 @@ ENDS = [
     (GAIN + "os.kill(os.getpid(), signal.SIGKILL)", KEPT),
     (GAIN + "sys.exit(3)", KEPT),
     (GAIN + "os.killpg(0, signal.SIGTERM)", KEPT),
-    (GAIN + "time.sleep(60)", KEPT),
     (GAIN + "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)", KEPT),
     (GAIN + "os.close(1); os.close(2); time.sleep(60)", KEPT),
     (GAIN + "while True: os.write(1, b'x' * 65536)", KEPT),
@@ -574,7 +573,6 @@ ENDS = [
     ("pass", "no_change candidate.unchanged"),
     ("open('src/value.txt', 'a').close()", "no_change candidate.unchanged"),
     ("open('src/lib.pyc', 'w').close()", "no_change candidate.unchanged"),
-    (GAIN + TOKEN + "sys.exit(3)", "give_up agent.gave_up"),
     (GAIN + TOKEN + "time.sleep(60)", "give_up agent.gave_up"),
     (GAIN, KEPT),
 ]
