@@ -586,6 +586,11 @@ class Config:
         return os.path.join(self.folder, ".scalarloop", self.loop.name)
 
     @property
+    def ledger_path(self) -> str:
+        """Return the file that holds the run's record."""
+        return os.path.join(self.state_folder, "ledger.jsonl")
+
+    @property
     def anchor_ref(self) -> str:
         """Return the ref that holds the ledger.
 
@@ -2364,6 +2369,9 @@ class Edit(NamedTuple):
     data: Optional[bytes]
 
 
+PIECE = 1 << 20     # bytes of the ledger in one file of its anchor
+
+
 class BlobStream:
     """Take the output of `git cat-file --batch`, check each object's own hash, and pass it on.
 
@@ -2451,14 +2459,36 @@ class Store:
 
     def write_tree(self, base: str, edits: Dict[bytes, Edit]) -> str:
         """Write `edits` over the tree of commit `base`, bytes as they are; return the tree."""
-        return self._import("candidate", base, edits, b"", 0)[1]
+        lines = [b"from %s\n" % base.encode()]
+        for path, edit in sorted(edits.items(), key=lambda item: item[1].data is not None):
+            if edit.data is None:       # deletions first: a file may have become a folder
+                lines.append(b"D %s\n" % quoted_path(path))
+            else:
+                lines += inline_file(edit.mode, path, edit.data)
+        return self._import("candidate", lines)[1]
 
-    def write_anchor(self, ledger: bytes, message: str) -> Tuple[str, str]:
-        """Write a parentless commit that holds the ledger; return its id, and its pack's name."""
-        edits = {b"ledger.jsonl": Edit(PLAIN, ledger)}
+    def write_anchor(self, ledger: str, message: str, user: "UserRepository", last: str
+                     ) -> Tuple[str, str]:
+        """Write a parentless commit that holds the ledger; return its id, and its pack's name.
+
+        In pieces: those that the anchor before it, `last`, holds whole are taken over from there,
+        so that a keep costs the same in a long run as in a short one.
+        """
+        pieces = -(-os.path.getsize(ledger) // PIECE)
         before = set(os.listdir(self.packs))
-        commit, _ = self._import("anchor", "", edits, message.encode(), int(time.time()),
-                                 "fastimport.unpackLimit=1")
+        held = sorted(Store(user.repo).list_tree(last).items())[:-1] if last and pieces > 1 else []
+
+        def lines() -> Iterator[bytes]:
+            for path, row in held:
+                yield b"M %o %s %s\n" % (PLAIN, row.oid.encode(), quoted_path(path))
+            with open(ledger, "rb") as stream:
+                stream.seek(len(held) * PIECE)
+                for number in range(len(held), pieces):
+                    path = b"ledger.jsonl" + (b".%06d" % number if number else b"")
+                    yield from inline_file(PLAIN, path, stream.read(PIECE))
+
+        commit, _ = self._import("anchor", lines(), message.encode(), int(time.time()),
+                                 "fastimport.unpackLimit=1", user.objects)
         new = [name[:-4] for name in os.listdir(self.packs)
                if name not in before and name.endswith(".idx")]
         if len(new) != 1:
@@ -2471,24 +2501,22 @@ class Store:
         """Return the folder of packs."""
         return os.path.join(self.repo.git_dir, "objects", "pack")
 
-    def _import(self, ref: str, base: str, edits: Dict[bytes, Edit], message: bytes, when: int,
-                setting: str = "gc.auto=0") -> Tuple[str, str]:
-        """Make a commit of edits over `base` ("": of nothing else); return commit and tree."""
-        script = [b"commit refs/scalarloop/%s\nmark :1\ncommitter scalarloop <scalarloop@localhost>"
-                  b" %d +0000\ndata %d\n%s\n" % (ref.encode(), when, len(message), message),
-                  b"from %s\n" % base.encode() if base else b""]
-        for path, edit in sorted(edits.items(), key=lambda item: item[1].data is not None):
-            if edit.data is None:       # deletions first: a file may have become a folder
-                script.append(b"D %s\n" % quoted_path(path))
-            else:
-                script.append(b"M %o inline %s\ndata %d\n%s\n"
-                              % (edit.mode, quoted_path(path), len(edit.data), edit.data))
-        if not base:
-            script.insert(0, b"reset refs/scalarloop/%s\n\n" % ref.encode())
-        script.append(b'\nget-mark :1\nls :1 ""\ndone\n')
-        answer = self.repo.git("-c", setting, "fast-import", "--quiet", "--force", "--done",
-                               "--cat-blob-fd=1",
-                               "--date-format=raw", stdin=b"".join(script)).split()
+    def _import(self, ref: str, lines: Iterable[bytes], message: bytes = b"", when: int = 0,
+                setting: str = "gc.auto=0", known: str = "") -> Tuple[str, str]:
+        """Let fast-import make a commit; return commit and tree. `known`: objects that are there.
+        """
+        env = {"GIT_ALTERNATE_OBJECT_DIRECTORIES": os.fsdecode(quoted_path(os.fsencode(known)))} \
+            if known else {}
+        with tempfile.TemporaryFile(dir=self.repo.git_dir) as script:
+            script.write(b"reset refs/scalarloop/%s\n\ncommit refs/scalarloop/%s\nmark :1\n"
+                         b"committer scalarloop <scalarloop@localhost> %d +0000\ndata %d\n%s\n"
+                         % (ref.encode(), ref.encode(), when, len(message), message))
+            script.writelines(lines)
+            script.write(b'\nget-mark :1\nls :1 ""\ndone\n')
+            script.seek(0)
+            answer = self.repo.git("-c", setting, "fast-import", "--quiet", "--force", "--done",
+                                   "--cat-blob-fd=1", "--date-format=raw", stdin=script,
+                                   env=env).split()
         if len(answer) == 2:        # an empty tree is "missing"
             return answer[0].decode(), self.repo.line("mktree")
         if len(answer) < 4 or answer[2] != b"tree":
@@ -2526,6 +2554,11 @@ class Store:
         """Pass a patch between two trees on to `sink`."""
         self.repo.git("diff-tree", "-r", "-p", "--no-ext-diff", "--no-textconv", "--no-renames",
                       "--no-color", old, new, sink=sink)
+
+
+def inline_file(mode: int, path: bytes, data: bytes) -> List[bytes]:
+    """Return a file as git's fast-import reads it."""
+    return [b"M %o inline %s\ndata %d\n" % (mode, quoted_path(path), len(data)), data, b"\n"]
 
 
 def quoted_path(path: bytes) -> bytes:
@@ -3761,9 +3794,11 @@ class NoiseRules:
     samples: Optional[int] = None  # caps a duel's pairs
 
 
-@dataclass(frozen=True)
-class NoiseState:
-    """Hold what the rule remembers: the fold of `advance_noise` over the ledger, no more."""
+class NoiseState(NamedTuple):
+    """Hold what the rule remembers: the fold of `advance_noise` over the ledger, no more.
+
+    Not a dataclass: a resume replaces it at every record, and this is three times as fast.
+    """
 
     exact: bool = False  # so far like runs gave like numbers
     reference: Tuple[float, ...] = ()  # the incumbent's last runs
@@ -4011,19 +4046,18 @@ def _judge_by_duel(
 def advance_noise(state: NoiseState, event: Mapping[str, Any]) -> NoiseState:
     """Fold one ledger record into the state: the only way it changes, live and at a resume."""
     if "agent_seconds" in event or "metric_seconds" in event:
-        agent, metric = event.get("agent_seconds", ()), event.get("metric_seconds", ())
-        state = replace(
-            state, agent_seconds=(state.agent_seconds + tuple(agent))[-AGENT_TURNS:],
-            metric_seconds=(state.metric_seconds + tuple(metric))[-METRIC_RUNS:])
+        state = state._replace(
+            agent_seconds=(*state.agent_seconds, *event.get("agent_seconds", ()))[-AGENT_TURNS:],
+            metric_seconds=(*state.metric_seconds, *event.get("metric_seconds", ()))[-METRIC_RUNS:])
     if event["type"] == "baseline":
         exact = baseline_is_complete(event["samples"]) and len(set(event["samples"])) == 1
-        state = replace(state, exact=exact, alike=0 if exact else None)
+        state = state._replace(exact=exact, alike=0 if exact else None)
         return _see_incumbent(state, event["samples"])
     if event["type"] == "noise":
         return _leave_exact(state, event["samples"])
     if event["type"] == "duel":
-        paid = replace(state, spent=state.spent + event["alpha"], lost=state.lost + 1)
-        return replace(paid, open_duel=event.get("tree", ""))
+        return state._replace(spent=state.spent + event["alpha"], lost=state.lost + 1,
+                              open_duel=event.get("tree", ""))
     return _see_iteration(state, event) if event["type"] == "iteration" else state
 
 
@@ -4040,8 +4074,8 @@ def _see_incumbent(state: NoiseState, runs: Sequence[float]) -> NoiseState:
     if not runs:
         return state
     steps = _steps((*state.reference[-1:], *runs))
-    return replace(
-        state, reference=(*state.reference, *runs)[-REFERENCE_RUNS:], since_incumbent=0,
+    return state._replace(
+        reference=(*state.reference, *runs)[-REFERENCE_RUNS:], since_incumbent=0,
         differences=(*state.differences, *steps)[-DIFFERENCES:])
 
 
@@ -4063,18 +4097,18 @@ def _see_iteration(state: NoiseState, event: Mapping[str, Any]) -> NoiseState:
         alike = alike + 1 if set(singles) == {state.reference[-1]} else None
     state = _see_incumbent(state, samples.get("incumbent", ()))
     since = state.since_incumbent + bool(singles)
-    state = replace(state, alike=alike, since_incumbent=since, open_duel=None)
+    state = state._replace(alike=alike, since_incumbent=since, open_duel=None)
     rivals = [second for _, second in pairs if second is not None]
     if pairs:
         half = DIFFERENCES // 2  # neither tree's noise alone decides the next sigma
         steps = _steps((*state.reference[-1:], *(first for first, _ in pairs)))[-half:]
         both = (*state.differences, *steps, *_steps(rivals)[-half:])[-DIFFERENCES:]
         state = _see_incumbent(state, [first for first, _ in pairs])
-        state = replace(state, differences=both)
+        state = state._replace(differences=both)
     if event["verdict"] != "keep":
         return state
-    state = replace(state, reference=tuple(rivals or singles)[-REFERENCE_RUNS:])
-    return replace(state, keeps=state.keeps + 1, lost=0) if pairs else state
+    state = state._replace(reference=tuple(rivals or singles)[-REFERENCE_RUNS:])
+    return state._replace(keeps=state.keeps + 1, lost=0) if pairs else state
 
 
 def looks_constant(state: NoiseState) -> bool:
@@ -4163,16 +4197,21 @@ def timestamp() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + ".%03dZ" % (now % 1 * 1000)
 
 
-HASH_FIELD = re.compile(rb'"hash":"([0-9a-f]{64})",')
+BEFORE_HASH, AFTER_HASH = b'"hash":"', b'",'
+DECODE = json.JSONDecoder().raw_decode      # json.loads would look for blanks and a byte order mark
 
 
 def fitting_hash(body: bytes, secret: Optional[bytes]) -> str:
     """Return the hash in a line that fits the rest of it, or ""; a nested field may look like one.
     """
-    for found in HASH_FIELD.finditer(body):
-        expected = record_hash(body[:found.start()] + body[found.end():], secret)
-        if hmac.compare_digest(found[1], expected.encode()):
+    at = body.find(BEFORE_HASH)
+    while at >= 0:
+        start = at + len(BEFORE_HASH)
+        end = start + 64 + len(AFTER_HASH)
+        expected = record_hash(body[:at] + body[end:], secret)
+        if hmac.compare_digest(body[start:end], expected.encode() + AFTER_HASH):
             return expected
+        at = body.find(BEFORE_HASH, start)
     return ""
 
 
@@ -4201,8 +4240,8 @@ def read_ledger(path: str, secret: Optional[bytes], torn: Optional[List[bytes]] 
                 raise RecordBroken(f"{where}: was changed (its hash does not fit its bytes"
                                    + (", or the key is another one" if secret else keyed) + ")")
             try:
-                record = json.loads(body)
-                same = not strict or canonical(record) == body
+                record, end = DECODE(body.decode("ascii"))
+                same = end == len(body) and (not strict or canonical(record) == body)
             except (ValueError, RecursionError):
                 raise RecordBroken(f"{where}: is not JSON") from None
             if not isinstance(record, dict) or record.get("hash") != digest or not same:
@@ -4290,7 +4329,7 @@ def cut_torn_line(path: str, torn: Sequence[bytes]) -> None:
 # What the loop knows is a fold over its ledger, live and on resume alike, so that a run which was
 # interrupted goes on exactly as one that was not.
 
-NUMERIC, MISSING = (int, float), (type(None),)
+NUMERIC, MISSING = (int, float), (type(None),)      # a bool is no number: types count exactly
 OBJECT_ID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 FIELD_KINDS: Dict[str, Tuple[type, ...]] = {
     **dict.fromkeys(("n", "turn", "turns", "more", "dropped"), (int,)),
@@ -4312,15 +4351,15 @@ ELEMENT_KINDS: Dict[str, Tuple[type, ...]] = {
 def check_kinds(record: Record) -> None:
     """Raise TypeError when a field is not of its kind: whoever re-chains a ledger may write any."""
     for name, value in record.items():
-        kinds = FIELD_KINDS.get(name, (object,))
-        if not isinstance(value, kinds) or isinstance(value, bool) and bool not in kinds \
-                and object not in kinds:
+        if name in FIELD_KINDS and type(value) not in FIELD_KINDS[name]:
             raise TypeError(f"{name} is {value!r:.40}")
-        for element in value if name in ELEMENT_KINDS else ():
-            if not isinstance(element, ELEMENT_KINDS[name]):
+    for name, kinds in ELEMENT_KINDS.items():
+        for element in record.get(name, ()):
+            if type(element) not in kinds:
                 raise TypeError(f"{name} holds {element!r:.40}")
-        if name in ("base", "tip", "tree", "commit") and value is not None \
-                and not OBJECT_ID.fullmatch(value):
+    for name in ("base", "tip", "tree", "commit"):
+        value = record.get(name)
+        if value is not None and not OBJECT_ID.fullmatch(value):
             raise ValueError(f"{name} is {value!r:.40}")
 
 
@@ -5696,7 +5735,8 @@ def consider(run: Run, work: Work, ended: Ended, gave_up: bool) -> Known:
     if candidate.tree in run.state.tried:
         return replace(facts, repeated=True)
     trial = CleanroomTrial(run, work, candidate)
-    noise = replace(run.state.noise, reference=turned(run.state.noise.reference, run.config.sign))
+    noise = run.state.noise._replace(
+        reference=turned(run.state.noise.reference, run.config.sign))
     judgement = judge(noise, noise_rules(run.config), trial)
     work.add_samples(judgement.samples, run.config.sign)
     facts = replace(facts, judgement=judgement, failed=trial.failed)
@@ -5840,9 +5880,9 @@ def publish(run: Run) -> None:
         raise RecordBroken(f"branch {run.config.loop.branch} is no longer where this run left it "
                            f"(at {at[:12]}); it was left alone. Move it back to {tips[-1][:12]}, "
                            "or start a new run with --new")
-    with open(run.ledger.path, "rb") as stream:
-        anchor, pack = run.store.write_anchor(stream.read(), f"seq {run.ledger.records - 1} "
-                                              f"hash {run.ledger.head}\n")
+    anchor, pack = run.store.write_anchor(
+        run.ledger.path, f"seq {run.ledger.records - 1} hash {run.ledger.head}\n", run.user,
+        run.anchor)
     moves = [(anchor_ref, anchor, run.anchor)]
     if state.keeps and at != state.tip:
         moves.append((branch, state.tip, at))
@@ -6143,11 +6183,69 @@ def duel_canary(run: Run, gate: Gate, canary: Snapshot, samples: Sequence[float]
 
 # ══ run and resume ═══════════════════════════════════════════════════════════════════════════════
 
+class Anchor(NamedTuple):
+    """What the ledger's ref in the user's repository names: a commit, and a record by seq and hash.
+
+    ("", -1, "") where there is no such ref.
+    """
+
+    commit: str
+    seq: int
+    hash: str
+
+
+def read_anchor(user: UserRepository, config: Config) -> Anchor:
+    """Return the ledger's anchor; raise RecordBroken when its ref holds anything else."""
+    ref = config.anchor_ref
+    try:
+        commit = user.repo.ref(ref)
+        text = user.repo.git("cat-file", "commit", commit).decode("utf-8", "replace") \
+            if commit else ""
+    except GitFailed as error:
+        raise RecordBroken(f"{ref} can't be read ({error})") from None
+    if not commit:
+        return Anchor("", -1, "")
+    found = re.search(r"^seq ([0-9]{1,15}) hash ([0-9a-f]{64})$", text, re.MULTILINE)
+    if not found:
+        raise RecordBroken(f"{ref} is not an anchor that this program wrote")
+    return Anchor(commit, int(found[1]), found[2])
+
+
+def fold_ledger(config: Config, state: State, torn: Optional[List[bytes]] = None,
+                anchor: Anchor = Anchor("", -1, ""),
+                look: Optional[Callable[[Record], None]] = None) -> Record:
+    """Take a run's whole ledger into `state`, each record shown to `look`; return the last one.
+
+    Reads it once, a line at a time. Raises RecordBroken when it is not whole, has no baseline, is
+    shorter than its anchor or not the one that it names. With `look` it is read strictly.
+    """
+    ref, last = config.anchor_ref, {"seq": -1}
+    for last in read_ledger(config.ledger_path, ledger_secret(), torn, strict=look is not None):
+        if look:
+            look(last)
+        state.advance(last)
+        if last["seq"] == anchor.seq and last["hash"] != anchor.hash:
+            raise RecordBroken(f"ledger: record {anchor.seq} is not the one that {ref} names; an "
+                               f"older or other ledger was put in place ({how_to_restore(ref)})")
+    if last["seq"] < anchor.seq:
+        raise RecordBroken(f"ledger: its tail was cut: {ref} names record {anchor.seq}, which is "
+                           f"not there ({how_to_restore(ref)})")
+    if state.baseline is None:
+        raise RecordBroken(f"ledger: {config.ledger_path} holds no start and baseline; start a new "
+                           "run with --new")
+    return last
+
+
+def how_to_restore(ref: str) -> str:
+    """Return the command that prints the ledger which an anchor holds."""
+    return f"git archive {ref} | tar -xOf -"
+
+
 def run_command(config: Config, options: Options, terminal: Terminal, watch: Watch) -> int:
     """Run a loop from its start, or go on with it; return the exit code."""
     lock = StateLock(config.state_folder)
     lock.acquire()
-    begun = has_begun(config.state_folder)
+    begun = has_begun(config)
     try:
         if options.more and not begun:
             raise Refused("--more: there is no run of this loop.ini yet; start it without --more")
@@ -6168,10 +6266,10 @@ def run_command(config: Config, options: Options, terminal: Terminal, watch: Wat
         lock.release(undo=not begun)
 
 
-def has_begun(folder: str) -> bool:
+def has_begun(config: Config) -> bool:
     """Tell whether a run's ledger holds more than a start that was cut off in its first write."""
     try:
-        with open(os.path.join(folder, "ledger.jsonl"), "rb") as stream:
+        with open(config.ledger_path, "rb") as stream:
             first, second = stream.readline(), stream.readline()
     except FileNotFoundError:
         return False
@@ -6183,9 +6281,7 @@ def begin_anew(config: Config, user: UserRepository) -> None:
     gate = Gate()
     state = State()
     with contextlib.suppress(RecordBroken):     # a broken record is set aside as it is
-        for record in read_ledger(os.path.join(config.state_folder, "ledger.jsonl"),
-                                  ledger_secret(), []):
-            state.advance(record)
+        fold_ledger(config, state, [])
     branch = f"refs/heads/{config.loop.branch}"
     at = user.repo.refs([branch]).get(branch, "")
     ours = at and b"\nScalar-Loop-Ledger: " in user.repo.git("cat-file", "commit", at)
@@ -6263,7 +6359,7 @@ def start(config: Config, user: UserRepository, tmp: str, terminal: Terminal, wa
         if row.state == "notice" and row.name != "isolation":
             terminal.say(f"notice       {row.name}: {row.text}")
     terminal.say(f"isolation    {run.isolation.summary(config)}")
-    run.ledger = Ledger(os.path.join(run.folder, "ledger.jsonl"), secret)
+    run.ledger = Ledger(config.ledger_path, secret)
     started = {"config": config.resolved(), "config_sha256": config.digest, "base": user.head,
                "tree": run.base.tree, "branch": user.branch, "keyed": secret is not None,
                "prefix": shown_path(run.scope.prefix),
@@ -6283,7 +6379,7 @@ def pass_gate(gate: Gate, config: Config, user: UserRepository, folder: str, tmp
     gate.ok("config", f"{os.path.basename(config.path)} ({config.loop.name})")
     gate.ok("git", f"{user.top} ({user.algorithm})")
     tips = [user.head]
-    begun = has_begun(config.state_folder)
+    begun = has_begun(config)
     if begun:
         state = read_state(config)[0]
         tips += [state.base, *(commit for _, commit, _ in state.keeps)]
@@ -6333,14 +6429,10 @@ def environment_record(run: Run) -> Dict[str, Any]:
 def resume(config: Config, options: Options, user: UserRepository, tmp: str, terminal: Terminal,
            watch: Watch) -> Optional[Run]:
     """Go on with a run from its ledger; return None when it is finished."""
-    secret = ledger_secret()
-    path = os.path.join(config.state_folder, "ledger.jsonl")
-    state, torn, last = State(), [], None
-    for last in read_ledger(path, secret, torn):
-        state.advance(last)
-    if last is None or state.baseline is None:
-        raise RecordBroken(f"ledger: {path} holds no baseline; start a new run with --new")
-    cut_torn_line(path, torn)
+    state, torn = State(), []
+    anchor = read_anchor(user, config)
+    last = fold_ledger(config, state, torn, anchor)
+    cut_torn_line(config.ledger_path, torn)
     limits, others = changed_keys(state.config, config.resolved())
     if others:
         raise Refused(f"config: {', '.join(others)} changed since the run began; change it back, "
@@ -6349,8 +6441,7 @@ def resume(config: Config, options: Options, user: UserRepository, tmp: str, ter
     until = done + options.more if options.more else state.more_until
     if until:       # also of a session that was killed before it got there
         config = replace(config, loop=replace(config.loop, iterations=until))
-    anchored, seq = check_anchor(user, config, path, secret)
-    if state.stopped in FINAL_STOPS and not options.more and seq == last["seq"] \
+    if state.stopped in FINAL_STOPS and not options.more and anchor.seq == last["seq"] \
             and stop_reason(config, state, state.elapsed):
         terminal.say(format_summary(config, state, last["hash"], last["seq"] + 1, state.stopped,
                                     ""))
@@ -6360,11 +6451,11 @@ def resume(config: Config, options: Options, user: UserRepository, tmp: str, ter
     if reason in ("target", "budget", "max_cost", "constant_metric"):   # --more resets the others
         raise Refused(f"--more: the run would stop at once ({reason}); {how_to_go_on(reason)}")
     run = reopen(config, user, state, tmp, terminal, watch)
-    run.state, run.anchor = state, anchored
+    run.state, run.anchor = state, anchor.commit
     run.elapsed_before = state.elapsed
     run_setup(run)
     learn_folders(run)
-    run.ledger = Ledger(path, secret, last["seq"] + 1, last["hash"])
+    run.ledger = Ledger(config.ledger_path, ledger_secret(), last["seq"] + 1, last["hash"])
     run.record("resume", config=config.resolved(), limits=limits,
                more=max(until - done, 0), **environment_record(run))
     terminal.say(f"resuming     after #{state.iterations}, best {format_number(state.best)} "
@@ -6443,37 +6534,6 @@ def learn_folders(run: Run) -> None:
     room.learning = False
 
 
-def check_anchor(user: UserRepository, config: Config, path: str, secret: Optional[bytes]
-                 ) -> Tuple[str, int]:
-    """Compare the ledger with its anchor in the user's repository.
-
-    Returns the anchor's commit and the record that it names, ("", -1) when there is none. Raises
-    RecordBroken when the ledger is shorter than its anchor, or not the one that it names.
-    """
-    ref = config.anchor_ref
-    try:
-        commit = user.repo.ref(ref)
-        text = user.repo.git("cat-file", "commit", commit).decode("utf-8", "replace") \
-            if commit else ""
-    except GitFailed as error:
-        raise RecordBroken(f"{ref} can't be read ({error})") from None
-    if not commit:
-        return "", -1
-    found = re.search(r"^seq ([0-9]{1,15}) hash ([0-9a-f]{64})$", text, re.MULTILINE)
-    if not found:
-        raise RecordBroken(f"{ref} is not an anchor that this program wrote")
-    for record in read_ledger(path, secret, []):
-        if record["seq"] == int(found[1]):
-            if record["hash"] == found[2]:
-                return commit, record["seq"]
-            raise RecordBroken(f"ledger: record {found[1]} is not the one that {ref} names; an "
-                               f"older "
-                               f"or other ledger was put in place (git show {ref}:ledger.jsonl)")
-    raise RecordBroken(f"ledger: its tail was cut: {ref} names record {found[1]}, which is not "
-                       f"there "
-                       f"(git show {ref}:ledger.jsonl)")
-
-
 def set_aside(config: Config, user: UserRepository) -> None:
     """Keep the old state folder, branch and anchor under numbered names; a new run may begin."""
     folder, name, branch = config.state_folder, config.loop.name, config.loop.branch
@@ -6505,13 +6565,12 @@ class Findings:
 
 def verify_command(config: Config, options: Options, terminal: Terminal, watch: Watch) -> int:
     """Re-check a run from its ledger and the repository alone; return the exit code."""
-    path = os.path.join(config.state_folder, "ledger.jsonl")
-    if not os.path.exists(path):
-        raise Refused(f"verify: there is no ledger at {path}; run the loop first")
+    if not os.path.exists(config.ledger_path):
+        raise Refused(f"verify: there is no ledger at {config.ledger_path}; run the loop first")
     findings = Findings()
     with private_folder(work_folder()) as tmp:
         user = open_user_repository(find_git(), private_home(tmp), config.folder)
-        state = verify_ledger(config, user, path, findings)
+        state = verify_ledger(config, user, findings)
         if state:
             verify_repository(config, user, state, findings)
         if state and options.replay and not findings.errors:
@@ -6527,19 +6586,19 @@ def verify_command(config: Config, options: Options, terminal: Terminal, watch: 
     return RecordBroken.exit_code if findings.errors else 0
 
 
-def verify_ledger(config: Config, user: UserRepository, path: str, findings: Findings
-                  ) -> Optional[State]:
+def verify_ledger(config: Config, user: UserRepository, findings: Findings) -> Optional[State]:
     """Check chain, order, arithmetic and anchor; return the state, or None past the first break."""
-    state, last = State(), ""
+    state, last = State(), [""]
+
+    def look(record: Record) -> None:
+        if record["time"] < last[0]:
+            findings.warnings.append(f"record {record['seq']}: the clock went backwards")
+        last[0] = record["time"]
+
     try:
-        for record in read_ledger(path, ledger_secret(), strict=True):
-            if record["time"] < last:
-                findings.warnings.append(f"record {record['seq']}: the clock went backwards")
-            last = record["time"]
-            state.advance(record)
-        if state.baseline is None:
-            raise RecordBroken("ledger: holds no start and baseline")
-        check_pending(config, state, check_anchor(user, config, path, ledger_secret())[1], findings)
+        anchor = read_anchor(user, config)
+        fold_ledger(config, state, None, anchor, look)
+        check_pending(config, state, anchor.seq, findings)
     except RecordBroken as error:
         findings.errors.append(str(error))
         return None
@@ -6769,15 +6828,10 @@ def check_command(config: Config, options: Options, terminal: Terminal, watch: W
 
 def read_state(config: Config) -> Tuple[State, Record]:
     """Return the state of a run and its last record; refuse when there is none."""
-    path = os.path.join(config.state_folder, "ledger.jsonl")
-    if not os.path.exists(path):
+    if not has_begun(config):
         raise Refused(f"status: there is no run yet at {config.state_folder}; start one")
-    state, last = State(), {}
-    for last in read_ledger(path, ledger_secret(), []):
-        state.advance(last)
-    if state.baseline is None:
-        raise Refused(f"status: the run at {config.state_folder} has no baseline yet; start it")
-    return state, last
+    state = State()
+    return state, fold_ledger(config, state, [])
 
 
 def status_command(config: Config, options: Options, terminal: Terminal, watch: Watch) -> int:
@@ -6790,8 +6844,7 @@ def status_command(config: Config, options: Options, terminal: Terminal, watch: 
 
 def prompt_command(config: Config, options: Options, terminal: Terminal, watch: Watch) -> int:
     """Print the exact next prompt: of the run, or of a new one before its first turn."""
-    path = os.path.join(config.state_folder, "ledger.jsonl")
-    state = read_state(config)[0] if os.path.exists(path) else State()
+    state = read_state(config)[0] if has_begun(config) else State()
     goal = config.loop.goal
     if config.loop.program:
         try:

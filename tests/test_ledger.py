@@ -8,6 +8,7 @@ import hmac
 import json
 import os
 import random
+import tarfile
 import tracemalloc
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
@@ -525,3 +526,29 @@ def test_a_long_ledger_is_folded_without_being_held(path: str) -> None:
         tracemalloc.stop()
     assert (state.iterations, len(state.keeps), state.best) == (3000, 30, 1e6 - 30)
     assert peak < os.path.getsize(path)       # 0.4 of it: the set of tried trees
+
+
+def test_a_long_ledger_is_anchored_in_pieces_that_are_written_once(project: Project) -> None:
+    """Otherwise every keep of a long run would put the whole ledger into the user's repository."""
+    project.turns(lower_by(10))
+    assert project.run().code == 0
+    home = scalarloop.private_home(str(project.tmp))
+    user = scalarloop.open_user_repository(scalarloop.find_git(), home, str(project.root))
+    place = str(project.state / "store.git")
+    store = scalarloop.Store(dataclasses.replace(user.repo, git_dir=place, work_tree="", cwd=place))
+    ledger, chance = project.tmp / "ledger.jsonl", random.Random(1)
+    commit, sizes = "", []
+    for more in (100, 3 * scalarloop.PIECE, 1000, scalarloop.PIECE):
+        with open(ledger, "ab") as stream:
+            stream.write(bytes(chance.randrange(256) for _ in range(more)))
+        commit, pack = store.write_anchor(str(ledger), "anchor\n", user, commit)
+        scalarloop.hand_over(store, user, pack)
+        project.git("update-ref", "refs/scalarloop/t/ledger", commit)
+        sizes.append(os.path.getsize(os.path.join(store.packs, pack + ".pack")))
+        archive = project.root / "anchor.tar"
+        project.git("archive", "-o", str(archive), commit)
+        with tarfile.open(archive) as tar:
+            held = b"".join(tar.extractfile(name).read() for name in tar.getnames())  # type: ignore
+        assert held == ledger.read_bytes()
+    assert [size // scalarloop.PIECE for size in sizes] == [0, 3, 0, 1]
+    project.git("fsck", "--strict")

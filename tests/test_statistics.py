@@ -163,7 +163,7 @@ def test_effort_follows_what_a_proposal_costs(agent, metric, r, q):
 
 @pytest.mark.parametrize("r, slack", [(0, 0.75), (10, -0.393), (100, -1.058)])
 def test_the_screen_is_strict_when_proposals_are_free_and_kind_when_dear(r, slack):
-    state = replace(noisy(), agent_seconds=(float(r),), metric_seconds=(1.0,))
+    state = noisy()._replace(agent_seconds=(float(r),), metric_seconds=(1.0,))
     expected = 10.0 - 0.5 - slack * core.sigma(state.differences)
     assert core.screen_threshold(state, Rules(), 0.5) == pytest.approx(expected, abs=2e-3)
 
@@ -190,7 +190,7 @@ def test_the_first_prices_and_the_cap():
     assert core.next_alpha(state, 0.2) == pytest.approx(0.2 / 3)
     state = fold([{"type": "duel", "alpha": 0.2 / 3}], state)
     assert core.next_alpha(state, 0.2) == pytest.approx((0.2 - 0.2 / 3) / 4)
-    assert core.next_alpha(replace(state, keeps=50), 0.2) == 1 / 8
+    assert core.next_alpha(state._replace(keeps=50), 0.2) == 1 / 8
 
 
 @pytest.mark.parametrize("chance", [0.0, 0.02, 0.5, 1.0])
@@ -208,7 +208,7 @@ def test_prices_never_add_up_to_more_than_the_account(chance):
 
 
 def test_an_empty_account_forbids_the_duel_and_charges_nothing():
-    state = replace(noisy(), spent=0.2 + 1e-12)
+    state = noisy()._replace(spent=0.2 + 1e-12)
     trial = Scripted(candidate=[0.0])
     judgement = core.judge(state, Rules(), trial)
     assert judgement.outcome is Reason.NOISE_UNDECIDED
@@ -216,7 +216,7 @@ def test_an_empty_account_forbids_the_duel_and_charges_nothing():
 
 
 def test_a_cap_too_small_for_the_odds_charges_nothing():
-    state = replace(noisy(), lost=10)  # alpha 0.2 / 13, odds of 65
+    state = noisy()._replace(lost=10)  # alpha 0.2 / 13, odds of 65
     trial = Scripted(candidate=[0.0])
     assert core.judge(state, Rules(samples=5), trial).outcome is Reason.NOISE_UNDECIDED
     assert trial.events == []
@@ -292,7 +292,7 @@ def test_time_is_asked_before_each_pair():
 @pytest.mark.parametrize("r, cap, pairs", [(0, None, 24), (10, None, 63), (100, None, 152),
                                            (100, 30, 30), (0, 30, 24)])
 def test_a_duels_length_follows_the_effort(r, cap, pairs):
-    state = replace(noisy(), agent_seconds=(float(r),), metric_seconds=(1.0,))
+    state = noisy()._replace(agent_seconds=(float(r),), metric_seconds=(1.0,))
     assert core.plan_duel(state, Rules(samples=cap), 0.0).pairs == pairs
 
 
@@ -417,7 +417,7 @@ def test_the_incumbent_is_measured_again_after_eight_candidates():
 
 
 def test_a_fresh_incumbent_run_already_counts_for_this_candidate():
-    state = replace(noisy(), since_incumbent=8, reference=(10.0,))
+    state = noisy()._replace(since_incumbent=8, reference=(10.0,))
     trial = Scripted(candidate=[14.0], incumbent=[30.0], guards=False)  # the median is now 20
     assert core.judge(state, Rules(), trial).outcome is Reason.GUARD_EXIT
 
@@ -530,7 +530,7 @@ def test_only_the_candidates_own_noise_still_gives_a_scale():
 
 
 def test_leaving_exact_mode_resets_the_account():
-    state = replace(exact(), keeps=40, spent=0.1, lost=7)
+    state = exact()._replace(keeps=40, spent=0.1, lost=7)
     noise = {"type": "noise", "samples": {
         "candidate": [9.0, 9.1], "incumbent": [10.0, 10.2, 9.8, 10.1, 9.9, 10.0], "pairs": []}}
     state = fold([noise], state)
@@ -557,7 +557,7 @@ def test_forty_exact_keeps_and_then_noise_keep_no_fakes():
 
 def test_without_confidence_one_better_run_is_kept_and_marked():
     rules = Rules(min_gain=Gain(0.25, False), risk=None)
-    state = replace(noisy(), since_incumbent=50)
+    state = noisy()._replace(since_incumbent=50)
     assert core.judge(state, rules, Scripted([9.75])).outcome is Reason.NOT_BETTER
     trial = Scripted(candidate=[9.7])
     judgement = core.judge(state, rules, trial)
@@ -659,9 +659,9 @@ def test_a_resume_at_any_record_gives_the_state_of_the_live_run(number):
         live = core.advance_noise(live, json.loads(line))
         resumed = fold(map(json.loads, lines[: cut + 1]))
         assert resumed == live
-        stored = json.loads(json.dumps(asdict(live), allow_nan=False))
+        stored = json.loads(json.dumps(live._asdict(), allow_nan=False))
         assert {key: tuple(value) if isinstance(value, list) else value
-                for key, value in stored.items()} == asdict(live)
+                for key, value in stored.items()} == live._asdict()
 
 
 def test_a_ledger_in_the_users_direction_folds_to_the_same_state_negated():
@@ -672,7 +672,7 @@ def test_a_ledger_in_the_users_direction_folds_to_the_same_state_negated():
             event["samples"] = core.turned(event["samples"], -1)
     state = fold(negated)
     assert state.keeps and min(state.reference) < max(state.reference)
-    assert replace(state, reference=core.turned(state.reference, -1)) == play.state
+    assert state._replace(reference=core.turned(state.reference, -1)) == play.state
 
 
 def test_what_a_judgement_decides_depends_on_the_ledger_alone():
@@ -719,7 +719,7 @@ def test_no_history_grows_without_bound():
     for _ in range(50):
         state = fold([iteration(verdict="discard", agent_seconds=[1.0], metric_seconds=[1.0] * 304)
                       | {"samples": {"candidate": [1.0], "pairs": pairs}}], state)
-    sizes = [len(value) for value in asdict(state).values() if isinstance(value, tuple)]
+    sizes = [len(value) for value in state._asdict().values() if isinstance(value, tuple)]
     assert sizes == [9, 60, 20, 60]
 
 
