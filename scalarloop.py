@@ -38,8 +38,8 @@ Exit codes: 0 finished, 1 failed, 2 refused (nothing was changed), 3 paused for 
 4 the integrity of the record is broken, 130 interrupted (start again to resume).
 
 A map of this file, each section using only names above it: errors; verdicts and reasons; config;
-processes; isolation; git; paths and scope; trees on disk (manifest, census, seal); metric;
-decision; ledger; state; agent; gate; loop; verify; terminal; command line.
+text and files; processes; isolation; git; paths and scope; trees on disk; census and seal; metric;
+decision; ledger; state; agent; terminal; gate; loop; set-up; run and resume; verify; command line.
 
 Licence: MIT. Copyright (c) the scalarloop authors. Permission is hereby granted, free of charge, to
 any person obtaining a copy of this software, to deal in it without restriction, provided that this
@@ -911,8 +911,8 @@ class Watch:
     def check(self) -> None:
         """Raise Interrupted when a stop was asked for."""
         if self.stop_signal:
-            raise Interrupted(f"interrupted by {signal.Signals(self.stop_signal).name}; "
-                              "start again to go on from the last iteration")
+            raise Interrupted(f"interrupted by {signal.Signals(self.stop_signal).name}; start "
+                              "again to go on from the last iteration")
 
 
 @dataclass(frozen=True)
@@ -2147,8 +2147,7 @@ def choose_isolation(config: Config, tmp: str, state_folder: str, holdout: Seque
         if order[level] < order[word]:
             why = "; ".join(notes) or f"the best here is {level}"
             raise Refused(f"isolation: {word} can't be had on this machine ({why}); set "
-                          f"[isolation] "
-                          "level or require to what it has")
+                          "[isolation] level or require to what it has")
     level = wanted if wanted not in ("auto", "external") else level
     secret = os.environ.get("SCALARLOOP_LEDGER_KEY", "")
     hidden = [state_folder] + ([os.path.abspath(secret)] if secret else [])
@@ -2172,8 +2171,7 @@ def choose_isolation(config: Config, tmp: str, state_folder: str, holdout: Seque
     if missing:
         seen = "; ".join(f"{word}: {getattr(facts, word).seen or 'no witness'}" for word in missing)
         raise Refused(f"isolation: not in force at level {level}: {seen}; relax [isolation] "
-                      f"require "
-                      "or run where it can be had")
+                      "require or run where it can be had")
     if config.metric.network == "deny" and wanted != "external" and facts.network_off.held != "yes":
         raise Refused(f"isolation: network = deny can't be had at level {level} "
                       f"({facts.network_off.seen or 'no witness'}); run where it can, or allow it")
@@ -2204,8 +2202,8 @@ def isolation_rows(config: Config, isolation: Isolation) -> List[Tuple[str, str]
             continue
         (held if fact.held == "yes" else open_).append((name, words, fact))
     rows = [("notice", "external: the metric's isolation is what [metric] runner gives, as you "
-                       "claim; "
-             "it was not witnessed. The agent's:")] if isolation.level == "external" else []
+                       "claim; it was not witnessed. The "
+                       "agent's:")] if isolation.level == "external" else []
     rows += [("ok", f"{isolation.fence.level}: " + "; ".join(words for _, words, _ in held))]
     rows += [("notice", f"not in force: {words} ({name}: "
                         f"{printable(fact.seen, 100) or 'no witness'})")
@@ -2336,8 +2334,8 @@ def open_user_repository(program: str, home: str, folder: str) -> UserRepository
     try:
         bare = found.line("rev-parse", "--is-bare-repository")
     except GitFailed as error:
-        raise Refused(f"git: {folder} is not in a git repository that can be read ({error}); "
-                      "run `git init` and commit first") from None
+        raise Refused(f"git: {folder} is not in a git repository that can be read ({error}); run "
+                      "`git init` and commit first") from None
     if bare == "true":
         raise Refused(f"git: {folder} is in a bare repository; use a clone with a work tree")
     if found.line("rev-parse", "--is-inside-work-tree") != "true":
@@ -2445,6 +2443,13 @@ class Store:
             mode, _, oid = meta.split(b" ")
             table[path] = Listed(int(mode, 8), oid.decode())
         return table
+
+    def list_changes(self, old: str, new: str) -> Dict[bytes, Listed]:
+        """Return what differs between two trees, as in the new one; a deleted file has mode 0."""
+        words = self.repo.git("diff-tree", "-r", "-z", "--raw", "--no-renames", "--no-abbrev",
+                              old, new).split(b"\0")
+        return {path: Listed(int(row.split()[1], 8), row.split()[3].decode())
+                for row, path in zip(words[0::2], words[1::2])}
 
     def read_blobs(self, oids: Sequence[str], begin: Callable[[int], Callable[[bytes], None]],
                    end: Callable[[int, bytes, int], None]) -> None:
@@ -2633,10 +2638,8 @@ def move_refs(user: UserRepository, moves: Sequence[Tuple[str, str, str]]) -> No
         if all(now.get(ref, "") == old for ref, _, old in moves) and not blocked:
             raise       # not moved by anybody: git itself could not, and says why
         raise RecordBroken(f"{' or '.join(row[0] for row in moves)} is no longer where this run "
-                           f"left "
-                           f"it ({error}); it was left alone. Look at it, then move it back or "
-                           f"start "
-                           "a new run") from None
+                           f"left it ({error}); it was left alone. Look at it, then move it back "
+                           "or start a new run") from None
     parts = [ref.split("/") for ref, _, _ in moves]
     with contextlib.suppress(OSError):      # the refs have moved: what follows can't undo that
         keep_owner(user.objects, [os.path.join(user.common_dir, log, *words[:n]) for words in parts
@@ -2940,6 +2943,8 @@ class Tree:
 
     def set_layer(self, layer: Layer) -> None:
         """Give the tree other untracked files; they are written by the next `make_pristine`."""
+        if layer == self.layer:
+            return
         self.layer = layer
         if self.manifest is not None:
             self.manifest = dict(self.manifest)     # another identity: compared anew
@@ -2951,6 +2956,7 @@ class Tree:
                 self.inspect()
             except CensusError:
                 self.manifest = None
+        self.dirty = True       # until all of it is written: a full disk may come in between
         try:
             if self.manifest is None:
                 self._begin_anew()
@@ -3244,6 +3250,7 @@ class GitLayer:
         if tree == self.tree:
             return self.layer
         if not self.tree:
+            remove_tree(self.folder)    # of a try that the machine cut short
             os.makedirs(self.folder)
             form = ["--object-format=sha256"] if len(tree) == 64 else []
             self.repo.git("init", "--quiet", "--template=", *form)
@@ -4033,8 +4040,8 @@ def _judge_by_duel(
     duel = fight_duel(plan, trial.pair, trial.out_of_time)
     samples = {**samples, "pairs": [list(pair) for pair in duel.pairs]}
     left = alpha_left(advance_noise(state, event), rules.risk or 0.0)
-    evidence = (f"{len(duel.pairs)} pairs, odds {duel.odds:.3g} of {plan.need:.3g} needed, "
-                f"alpha left {left:.2g}")
+    evidence = (f"{len(duel.pairs)} pairs, odds {duel.odds:.3g} of {plan.need:.3g} needed, alpha "
+                f"left {left:.2g}")
     rivals = [first for first, _ in duel.pairs if first is not None]
     runs = [second for _, second in duel.pairs if second is not None]
     value, outcome = median(runs) if runs else screen, duel.outcome
@@ -4417,8 +4424,7 @@ class State:
             self.noise = advance_noise(self.noise, record)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise RecordBroken(f"ledger record {record['seq']}: lacks a field or has one of "
-                               f"another "
-                               f"kind ({printable(repr(error))})") from None
+                               f"another kind ({printable(repr(error))})") from None
 
     def _on_start(self, record: Record) -> None:
         self.start, self.config = record, checked_config(record["config"])
@@ -4513,8 +4519,8 @@ STOP_TEXT = {
     "target": "the target is reached", "iterations": "all iterations are done",
     "patience": "nothing was kept for too long", "give_ups": "the agent gave up repeatedly",
     "failures": "the agent failed repeatedly", "void": "the machine failed twice in a row",
-    "constant_metric": "the metric looks constant: no tree ever gave another number; give it "
-                       "a canary, or mend it",
+    "constant_metric": "the metric looks constant: no tree ever gave another number; give it a "
+                       "canary, or mend it",
     "max_cost": "the cost limit is reached", "budget": "the time budget is used up",
     "check_in": "paused for a check-in", "interrupted": "interrupted",
     "failed": "the run failed", "store": "the store is damaged",
@@ -4631,9 +4637,8 @@ def build_prompt(config: Config, state: State, goal: str, rework: str = "") -> s
         parts.append("# Mend this first\nYour edits are still in place, but:\n" + rework)
     parts.append(
         "# How to end\nMake one well-considered improvement in the files, then stop. What you "
-        "print "
-        "is logged and ignored.\nIf you are sure that nothing can be improved, change nothing and "
-        f"print one line that begins with {GIVE_UP}.")
+        "print is logged and ignored.\nIf you are sure that nothing can be improved, change "
+        f"nothing and print one line that begins with {GIVE_UP}.")
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
@@ -4739,9 +4744,8 @@ def format_summary(config: Config, state: State, head: str, records: int, reason
         lines.append(f"holdout    {format_number(first)} -> {format_number(last)} "
                      f"({format_change(first, last) or 'no change'})" + holdout_gap(config, state))
     if state.keeps:
-        lines += [f"branch     {branch}   ({len(state.keeps)} "
-                  f"commit{'s' * (len(state.keeps) > 1)} on "
-                  f"{state.base[:12]})",
+        lines += [f"branch     {branch}   ({len(state.keeps)} commit{'s' * (len(state.keeps) > 1)} "
+                  f"on {state.base[:12]})",
                   f"look       git log --stat {state.base[:12]}..{branch}",
                   f"merge      git merge --no-ff {branch}"]
     else:
@@ -4862,8 +4866,7 @@ def check_work_tree(gate: Gate, config: Config, user: UserRepository) -> None:
                  and b".scalarloop/" not in row]
     if changed:
         gate.fail("tree", f"{counted(len(changed), 'tracked file')} changed or staged, the first "
-                          f"is "
-                  f"{shown_path(changed[0])}; commit or stash them")
+                          f"is {shown_path(changed[0])}; commit or stash them")
     elif untracked:
         gate.notice("tree", f"clean; {len(untracked)} untracked paths are not seen by the metric, "
                     f"the first is {shown_path(untracked[0])}")
@@ -4883,9 +4886,8 @@ def check_branch(gate: Gate, config: Config, user: UserRepository, tips: Sequenc
     blocking = [name for name in names if name.startswith(ref + "/") or ref.startswith(name + "/")]
     if branch == user.branch or names.get(ref):
         where = os.fsdecode(names.get(ref) or b"here")
-        gate.fail("branch", f"{branch} is checked out ({printable(where)}); switch to another, "
-                            f"or set "
-                  "[loop] branch to one of its own")
+        gate.fail("branch", f"{branch} is checked out ({printable(where)}); switch to another, or "
+                            "set [loop] branch to one of its own")
     elif blocking:
         gate.fail("branch", f"{branch} can't be made while {blocking[0][11:]} exists; rename it or "
                   "set [loop] branch")
@@ -4918,16 +4920,15 @@ def check_scope(gate: Gate, config: Config, user: UserRepository, scope: Scope,
                             "and run the candidate by `produce`")
     if not config.metric.produce:
         gate.notice("metric", "one step: if the command runs the candidate's code in its own "
-                              "process, "
-                    "that code could print the number; `produce` and `outputs` split it")
+                              "process, that code could print the number; `produce` and `outputs` "
+                              "split it")
     own = os.fsencode(os.path.relpath(os.path.realpath(config.path), os.path.realpath(user.top)))
     differing = [path for path, row in listed.items() if row.mode in (PLAIN, EXECUTABLE)
                  and path != own and differs_on_disk(user, path, row)]
     if differing:
         gate.notice("tree", f"{counted(len(differing), 'file')} stored with other bytes than on "
-                            f"disk "
-                    f"(line ends, filters), the first is {shown_path(differing[0])}; the metric "
-                    "sees the stored ones")
+                            f"disk (line ends, filters), the first is {shown_path(differing[0])}; "
+                            "the metric sees the stored ones")
     check_links(gate, config, user, scope, listed)
 
 
@@ -4962,8 +4963,7 @@ def check_links(gate: Gate, config: Config, user: UserRepository, scope: Scope,
         gate.fail("program", f"{config.loop.program} is not a tracked file; commit it")
     elif config.loop.program and scope.holds(program):
         gate.fail("program", f"{config.loop.program} is in scope, so the agent could rewrite its "
-                             f"own "
-                  "orders; seal it")
+                             "own orders; seal it")
     if config.loop.memory and scope.prefix + config.loop.memory.encode() in listed:
         gate.fail("memory", f"{config.loop.memory} is a tracked file; name one that is not")
 
@@ -4996,9 +4996,8 @@ def share_problem(user: UserRepository, path: bytes, listed: Dict[bytes, Listed]
                 if (lead == top or lead.startswith(top + b"/")) \
                         and not lead.startswith(os.path.realpath(root) + b"/"):
                     return (f"{shown_path(path + b'/' + name)} leads into the project, so the "
-                            f"user's "
-                            "files would be measured instead of the candidate's; install without "
-                            "it")
+                            "user's files would be measured instead of the candidate's; install "
+                            "without it")
     except (CensusError, OSError) as error:
         return f"{shown_path(path)} can't be read ({error})"
     return ""
@@ -5026,12 +5025,11 @@ def check_places(gate: Gate, config: Config, user: UserRepository) -> None:
     secret = os.environ.get("SCALARLOOP_LEDGER_KEY", "")
     if secret and os.path.realpath(secret).startswith(top):
         gate.fail("ledger", f"the key {secret} lies inside the project, so every agent gets a "
-                            f"copy; "
-                  "move it elsewhere")
+                            "copy; move it elsewhere")
     for path in config.agent.writable:
         if not os.path.lexists(os.path.expanduser(path)):
-            gate.fail("agent", f"{printable(path)} does not exist; create it, or correct "
-                      "[agent] writable")
+            gate.fail("agent", f"{printable(path)} does not exist; create it, or correct [agent] "
+                      "writable")
 
 
 def check_commands(gate: Gate, config: Config, user: UserRepository,
@@ -5097,8 +5095,8 @@ def lfs_pointers(user: UserRepository, listed: Dict[bytes, Listed], held: str) -
         source = next((copy for copy in copies if os.path.isfile(copy)
                        and hash_file(os.fsencode(copy))[0].hex() == oid), None)
         if not source:
-            raise Refused(f"tree: the git-lfs content of {shown_path(path)} is not here; run "
-                          "git lfs pull")
+            raise Refused(f"tree: the git-lfs content of {shown_path(path)} is not here; run git "
+                          "lfs pull")
         os.makedirs(held, exist_ok=True)
         shutil.copyfile(source, os.path.join(held, oid))
         found.add(path)
@@ -5133,7 +5131,7 @@ class StateLock:
                      errno.ELOOP: "holds a lock that is a link; remove it"}
             raise Refused(f"lock: the state folder {self.folder} " + known.get(
                 error.errno or 0, f"can't be written ({error.strerror}); make it "
-                                  f"writable")) from None
+                                  "writable")) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             same = os.fstat(self._file).st_ino == os.stat(self.path).st_ino
@@ -5143,8 +5141,7 @@ class StateLock:
             os.close(self._file)
             self._file = -1
             raise Refused(f"lock: another loop runs on {self.folder}; wait for it, or give this "
-                          f"one "
-                          "another [loop] name")
+                          "one another [loop] name")
 
     def _undo(self) -> None:
         """Remove the folders that acquiring made, if nothing else is in them."""
@@ -5300,8 +5297,7 @@ def broken(tree: str, found: Measurement) -> MetricBroken:
     """Return the error for a run that failed on a tree which was measured before."""
     code = found.reason.value if found.reason else "no number"
     return MetricBroken(f"metric: fails on {tree}, which it measured before ({code}: "
-                        f"{found.detail}); "
-                        "the metric or what it reads has changed")
+                        f"{found.detail}); the metric or what it reads has changed")
 
 
 class CleanroomTrial:
@@ -5422,6 +5418,7 @@ class Run:
     work: Optional[Work] = None
     packs: List[str] = field(default_factory=list)      # of the last keep, not yet handed over
     handed: Optional[str] = None        # where this session left the branch
+    offered: Optional[Tuple[Manifest, List[str]]] = None    # files in scope of that workspace
     seen: Dict[str, Snapshot] = field(default_factory=dict)     # trees without the holdout's files
 
     def elapsed(self) -> float:
@@ -5659,9 +5656,7 @@ def propose(run: Run, work: Work, turn: int, rework: str) -> Tuple[Ended, bool]:
     capture = Capture(GIVE_UP_LINE)
     root = os.fsdecode(run.workspace.root)
     cwd = os.path.join(root, os.fsdecode(run.scope.prefix))
-    files = [decoded(path[len(run.scope.prefix):]) for path, entry in run.workspace.expected.items()
-             if entry.mode in (PLAIN, EXECUTABLE) and (
-                 run.scope.holds(path) or path in run.census_rules().private)]
+    files = files_in_scope(run)
     seed = int.from_bytes(hashlib.sha256(b"%d %d %d" % (config.loop.seed, work.n, turn))
                           .digest()[:4], "big") >> 1
     with private_folder(run.tmp) as scratch:
@@ -5679,6 +5674,18 @@ def propose(run: Run, work: Work, turn: int, rework: str) -> Tuple[Ended, bool]:
     work.note = last_words(capture.log())
     run.watch.check()
     return ended, bool(capture.matches)
+
+
+def files_in_scope(run: Run) -> List[str]:
+    """Return the files of the workspace that the agent may change, relative to loop.ini's folder.
+    """
+    tree: Tree = run.workspace
+    if run.offered is None or run.offered[0] is not tree.expected:
+        private = run.census_rules().private
+        run.offered = tree.expected, [
+            decoded(path[len(run.scope.prefix):]) for path, entry in tree.expected.items()
+            if entry.mode in (PLAIN, EXECUTABLE) and (run.scope.holds(path) or path in private)]
+    return run.offered[1]
 
 
 def last_words(log: bytes) -> str:
@@ -5839,9 +5846,12 @@ def commit_keep(run: Run, work: Work, value: Optional[float]) -> str:
     state, candidate = run.state, work.candidate
     if candidate is None or run.ledger is None:
         raise ScalarLoopError("keep: there is no candidate")
-    listed = run.store.list_tree(candidate.tree)
-    if {path: (row.mode, row.oid) for path, row in listed.items()} != {
-            path: (entry.mode, entry.oid) for path, entry in candidate.manifest.items()}:
+    before, after = run.incumbent.manifest, candidate.manifest
+    measured = {path: Listed(entry.mode, entry.oid) for path, entry in after.items()
+                if before.get(path) != entry}
+    measured.update((path, Listed(0, "0" * len(candidate.tree))) for path in before.keys()
+                    - after.keys())
+    if run.store.list_changes(run.incumbent.tree, candidate.tree) != measured:
         raise StoreDamaged("store: the candidate's tree is not what was measured")
     name = state.metric_name
     message = (
@@ -6003,8 +6013,7 @@ def run_setup(run: Run) -> None:
     found = room.measure(gauge, run.base.manifest, 0)
     if found.reason:
         raise Refused(f"setup: {found.reason.value}: {found.detail}; it must exit 0 and leave "
-                      f"tracked "
-                      f"files alone. The end of its output:\n{fenced_text(found.tail)}")
+                      f"tracked files alone. The end of its output:\n{fenced_text(found.tail)}")
     rows = [(change.path, change.status) for change in room.tree.found
             if change.kind in ("created", "folder_created") and change.status]
     run.made = take_layer(room.tree.root, os.fsencode(os.path.join(run.tmp, "setup")), rows)
@@ -6099,18 +6108,15 @@ def describe_failure(found: Measurement) -> str:
     """Say why a run on the baseline yields nothing, with its remedy and the end of its output."""
     code = found.reason.value if found.reason else "no number"
     remedies = {
-        Reason.SEAL_TOUCHED: f"writes to {found.detail}, which is tracked or sealed ({code}); "
-                             f"let it "
-                             "write to TMPDIR or to untracked paths",
-        Reason.METRIC_TIMEOUT: f"{found.detail} ({code}); raise its timeout, or run it by hand "
-                               f"in a "
-                               "fresh clone",
+        Reason.SEAL_TOUCHED: f"writes to {found.detail}, which is tracked or sealed ({code}); let "
+                             "it write to TMPDIR or to untracked paths",
+        Reason.METRIC_TIMEOUT: f"{found.detail} ({code}); raise its timeout, or run it by hand in "
+                               "a fresh clone",
         Reason.GUARD_TIMEOUT: f"{found.detail} ({code}); raise its timeout, or run it by hand in a "
                               "fresh clone",
         Reason.METRIC_OUT_OF_BOUNDS: f"{found.detail} ({code}); correct the metric or its bounds"}
-    text = remedies.get(found.reason or Reason.MACHINE, f"{found.detail} ({code}); run it by "
-                                                        f"hand in "
-                        "a fresh clone and mend it")
+    text = remedies.get(found.reason or Reason.MACHINE, f"{found.detail} ({code}); run it by hand "
+                                                        "in a fresh clone and mend it")
     return text + (f"\n{fenced_text(found.tail, 1000)}" if found.tail.strip() else "")
 
 
@@ -6384,15 +6390,14 @@ def pass_gate(gate: Gate, config: Config, user: UserRepository, folder: str, tmp
         state = read_state(config)[0]
         tips += [state.base, *(commit for _, commit, _ in state.keeps)]
         gate.notice("record", f"a run of {state.iterations} iterations is here; a start would go "
-                              f"on "
-                    "with it, or begin anew with --new")
+                              "on with it, or begin anew with --new")
     scope, argv, _ = look_around(gate, config, user, tips, user.head, fresh=True)
     if user.repo.refs([os.path.dirname(config.anchor_ref)]):
         gate.fail("record", f"{os.path.dirname(config.anchor_ref)} is a ref, so the ledger's can't "
                   "be made beside it; remove it, or give this run another [loop] name")
     if user.repo.ref(config.anchor_ref) and not begun:
-        gate.fail("record", f"{config.anchor_ref} holds the ledger of an earlier run whose "
-                  "state folder is gone; give this one another [loop] name, or remove the ref")
+        gate.fail("record", f"{config.anchor_ref} holds the ledger of an earlier run whose state "
+                  "folder is gone; give this one another [loop] name, or remove the ref")
     if any(row.state == "FAILED" for row in gate.rows):
         return None, None
     try:
@@ -6668,7 +6673,7 @@ def commit_problem(store: Store, scope: Scope, state: State, parent: str, commit
     """Return what is wrong with one kept commit, or ""."""
     try:
         text = store.repo.git("cat-file", "commit", commit).decode("utf-8", "replace")
-        rows = store.repo.git("diff-tree", "-r", "-z", "--raw", "--no-renames", parent, commit)
+        changes = store.list_changes(parent, commit)
     except GitFailed as error:
         return str(error)
     parents = re.findall(r"^parent ([0-9a-f]+)$", text.partition("\n\n")[0], re.MULTILINE)
@@ -6680,10 +6685,8 @@ def commit_problem(store: Store, scope: Scope, state: State, parent: str, commit
     if f"\nScalar-Loop-Iteration: {n}\n" not in text \
             or f"\nScalar-Loop-Metric: {state.metric_name}={value!r}\n" not in text:
         return "its trailers do not say what the ledger says"
-    words = rows.split(b"\0")
-    for meta, path in zip(words[0::2], words[1::2]):
-        new_mode = int(meta.split(b" ")[1], 8)
-        if not scope.holds(path) or new_mode not in (0, PLAIN, EXECUTABLE):
+    for path, row in changes.items():
+        if not scope.holds(path) or row.mode not in (0, PLAIN, EXECUTABLE):
             return f"{shown_path(path)} is outside the scope"
     return ""
 
@@ -6883,7 +6886,7 @@ def parse_arguments(arguments: Sequence[str]) -> Tuple[str, str, Options]:
     command = words.pop(0) if len(words) > 1 and words[0] in COMMANDS else "run"
     if len(words) == 2 and not os.path.exists(words[0]):
         raise Refused(f"{printable(words[0])}: unknown "
-                      f"command" + close_match(words[0], [*COMMANDS]))
+                      "command" + close_match(words[0], [*COMMANDS]))
     if len(words) != 1:
         known = ", ".join(COMMANDS)
         raise Refused(f"expected [COMMAND] loop.ini, got "
@@ -6906,7 +6909,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     sys.stdout = sys.stdout or open(os.devnull, "w")    # a caller may have closed them
     sys.stderr = sys.stderr or open(os.devnull, "w")
     terminal = Terminal(sys.stdout)
-    for word, text in (("--help", USAGE), ("-h", USAGE), ("--version", f"scalarloop "
+    for word, text in (("--help", USAGE), ("-h", USAGE), ("--version", "scalarloop "
                                                                        f"{__version__}")):
         if word in arguments:
             terminal.say(text)
@@ -6925,10 +6928,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         return complain(terminal, f"the machine failed: {error.strerror or error}{where} "
-                                  f"(temporary "
-                        f"files go to {tempfile.gettempdir()}); what was recorded is safe, make "
-                        f"room "
-                        "or mend it and start again", 1)
+                                  f"(temporary files go to {tempfile.gettempdir()}); what was "
+                                  "recorded is safe, make room or mend it and start again", 1)
 
 
 def complain(terminal: Terminal, text: str, code: int) -> int:

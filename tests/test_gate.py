@@ -926,7 +926,7 @@ def test_a_full_disk_under_the_state_folder(project: Project, kilobytes: int) ->
     assert project.git("show", "scalarloop/t:src/value.txt") == "70"
 
 
-@pytest.mark.parametrize("kilobytes", [4, 64, 160])
+@pytest.mark.parametrize("kilobytes", [4, 64, 112, 160])
 def test_a_full_temporary_folder(project: Project, kilobytes: int) -> None:
     project.turns(LOWER)
     project.write("src/noise.bin", "".join(map(str, range(9000))))
