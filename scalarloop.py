@@ -871,6 +871,12 @@ def write_file(path: str, data: Any, mode: int = 0o600) -> None:
     sync_path(os.path.dirname(path))
 
 
+def write_plain(path: str, data: bytes, append: bool = False) -> None:
+    """Write a file that no crash need spare: it is for people, or made anew."""
+    with open(path, "ab" if append else "wb") as stream:
+        stream.write(data)
+
+
 def counted(number: int, noun: str) -> str:
     """Return `1 file is` or `3 files are`."""
     return f"{number} {noun} is" if number == 1 else f"{number} {noun}s are"
@@ -2217,7 +2223,11 @@ def isolation_rows(config: Config, isolation: Isolation) -> List[Tuple[str, str]
 # no hooks, no fsmonitor, no replace objects. A repository that an agent can write is never opened.
 
 class GitFailed(ScalarLoopError):
-    """A git command failed; carries its first line of complaint."""
+    """A git command failed in `git_dir`; carries its first line of complaint."""
+
+    def __init__(self, text: str, git_dir: str):
+        super().__init__(text)
+        self.git_dir = git_dir
 
 
 GIT_SETTINGS = ("core.hooksPath=/dev/null", "core.fsmonitor=false", "core.attributesFile=/dev/null",
@@ -2278,14 +2288,15 @@ class Repository:
             ended = run_program([self.program, *settings, *args], cwd=self.cwd, env=environment,
                                 sink=sink or output.append, errors=errors, stdin=stdin)
         except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
-            raise GitFailed(f"git can't run in {self.cwd} ({error.strerror})") from None
+            raise GitFailed(f"git can't run in {self.cwd} ({error.strerror})",
+                            self.git_dir) from None
         if ended.status not in accept:
             lines = errors.log().decode("utf-8", "replace").strip().splitlines()
             if any("No space left on device" in line for line in lines) or is_full(self.git_dir):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.git_dir)
             name = next((word for word in args if word != "-c" and "=" not in word), "git")
             raise GitFailed(f"{name} failed ({ended.describe()}): "
-                            f"{printable(lines[0]) if lines else 'no message'}")
+                            f"{printable(lines[0]) if lines else 'no message'}", self.git_dir)
         return b"".join(output)
 
     def line(self, *args: str, **options: Any) -> str:
@@ -5119,8 +5130,8 @@ class StateLock:
         try:
             os.makedirs(self.folder, 0o700, exist_ok=True)
             ignore = os.path.join(os.path.dirname(self.folder), ".gitignore")
-            if not os.path.lexists(ignore):
-                write_file(ignore, b"*\n")
+            if not os.path.lexists(ignore) or not os.path.getsize(ignore):
+                write_plain(ignore, b"*\n")
                 self._ignored = True
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
                                  0o600)
@@ -5702,12 +5713,6 @@ def read_goal(run: Run) -> str:
     return run.store.repo.git("cat-file", "blob", entry.oid).decode("utf-8", "replace")
 
 
-def write_plain(path: str, data: bytes, append: bool = False) -> None:
-    """Write a file of the iteration's folder: for people, so not flushed to disk."""
-    with open(path, "ab" if append else "wb") as stream:
-        stream.write(data)
-
-
 def write_skeleton(run: Run) -> None:
     """Lay out the base's .gitignore files alone, for its ignore rules."""
     root = os.path.join(run.tmp, "ignore")
@@ -5871,11 +5876,22 @@ def publish(run: Run) -> None:
     The branch is accepted where it is absent, at the base, or at one of this run's tips; elsewhere
     it is somebody else's: RecordBroken, and it stays where it is.
     """
-    state, branch = run.state, f"refs/heads/{run.config.loop.branch}"
-    anchor_ref = run.config.anchor_ref
     if run.ledger is None:
         return
     run.ledger.check()
+    try:
+        hand_back(run, run.ledger)
+    except GitFailed as error:
+        if error.git_dir != run.user.repo.git_dir:
+            raise       # the store's own
+        raise ScalarLoopError(f"git: what was kept can't be handed to {run.user.top} ({error}); it "
+                              "is safe in the store: mend that and start again") from None
+
+
+def hand_back(run: Run, ledger: Ledger) -> None:
+    """Do it: nothing that is somebody else's is moved, nothing is named before it is there."""
+    state, branch = run.state, f"refs/heads/{run.config.loop.branch}"
+    anchor_ref = run.config.anchor_ref
     found = run.user.repo.refs([branch, anchor_ref], busy="checked-out")
     at = found.get(branch, "")
     if found.get(anchor_ref, "") != run.anchor:
@@ -5891,8 +5907,7 @@ def publish(run: Run) -> None:
                            f"(at {at[:12]}); it was left alone. Move it back to {tips[-1][:12]}, "
                            "or start a new run with --new")
     anchor, pack = run.store.write_anchor(
-        run.ledger.path, f"seq {run.ledger.records - 1} hash {run.ledger.head}\n", run.user,
-        run.anchor)
+        ledger.path, f"seq {ledger.records - 1} hash {ledger.head}\n", run.user, run.anchor)
     moves = [(anchor_ref, anchor, run.anchor)]
     if state.keeps and at != state.tip:
         moves.append((branch, state.tip, at))
@@ -6261,11 +6276,16 @@ def run_command(config: Config, options: Options, terminal: Terminal, watch: Wat
         with private_folder(work_folder(), lock.note) as tmp:
             open_for_runner(config, tmp, 0o711)
             user = open_user_repository(find_git(), private_home(tmp), config.folder)
-            if options.new and begun:
-                begin_anew(config, user)
-                begun = False
-            run = resume(config, options, user, tmp, terminal, watch) if begun \
-                else start(config, user, tmp, terminal, watch)
+            if begun and not options.new:
+                run = resume(config, options, user, tmp, terminal, watch)
+            else:
+                aside = begin_anew(config, user) if begun else ""
+                try:
+                    run = start(config, user, tmp, terminal, watch)
+                except BaseException:
+                    if aside and not has_begun(config):
+                        move_run(config, user, aside, "")       # nothing came of the new one
+                    raise
             begun = True
             return carry_on(run) if run else 0
     finally:
@@ -6282,8 +6302,11 @@ def has_begun(config: Config) -> bool:
     return second.endswith(b"\n") or first.endswith(b"\n") and b'"type":"start"' not in first
 
 
-def begin_anew(config: Config, user: UserRepository) -> None:
-    """Set the old run aside for `--new`, if nothing that can be looked at forbids a new one."""
+def begin_anew(config: Config, user: UserRepository) -> str:
+    """Set the old run aside for `--new`, if nothing that can be looked at forbids a new one.
+
+    Returns what is added to its names.
+    """
     gate = Gate()
     state = State()
     with contextlib.suppress(RecordBroken):     # a broken record is set aside as it is
@@ -6294,7 +6317,10 @@ def begin_anew(config: Config, user: UserRepository) -> None:
     look_around(gate, config, user, [user.head, state.base, *(row[1] for row in state.keeps),
                                      *([at] if ours else [])], user.head, fresh=True)
     gate.demand()
-    set_aside(config, user)
+    aside = next(f".{n}" for n in range(1, 10_000)
+                 if not os.path.lexists(f"{config.state_folder}.{n}"))
+    move_run(config, user, "", aside)
+    return aside
 
 
 def carry_on(run: Run) -> int:
@@ -6539,21 +6565,22 @@ def learn_folders(run: Run) -> None:
     room.learning = False
 
 
-def set_aside(config: Config, user: UserRepository) -> None:
-    """Keep the old state folder, branch and anchor under numbered names; a new run may begin."""
+def move_run(config: Config, user: UserRepository, old: str, new: str) -> None:
+    """Rename a run's state folder, branch and anchor, from one ending of their names to another."""
     folder, name, branch = config.state_folder, config.loop.name, config.loop.branch
-    number = next(n for n in range(1, 10_000) if not os.path.lexists(f"{folder}.{n}"))
-    moves = [(f"refs/heads/{branch}", f"refs/heads/{branch}.{number}"),
-             (config.anchor_ref, f"refs/scalarloop/{name}.{number}/ledger")]
-    for old, new in moves:
-        at = user.repo.ref(old)
+    for pattern in (f"refs/heads/{branch}%s", f"refs/scalarloop/{name}%s/ledger"):
+        at = user.repo.ref(pattern % old)
         if at:
-            move_refs(user, [(new, at, ""), (old, "0" * len(at), at)])
-    os.mkdir(f"{folder}.{number}", 0o700)
-    entries = sorted(os.listdir(folder), key=lambda name: name == "ledger.jsonl")
+            move_refs(user, [(pattern % new, at, ""), (pattern % old, "0" * len(at), at)])
+    os.makedirs(folder + new, 0o700, exist_ok=True)
+    for entry in set(os.listdir(folder + new)) - {"lock"}:      # of a start that came to nothing
+        remove_tree(os.path.join(folder + new, entry))
+    entries = sorted(os.listdir(folder + old), key=lambda name: name == "ledger.jsonl")
     for entry in entries:       # the ledger last: a kill half-way leaves a run, not a stump
         if entry != "lock":
-            os.rename(os.path.join(folder, entry), os.path.join(f"{folder}.{number}", entry))
+            os.rename(os.path.join(folder + old, entry), os.path.join(folder + new, entry))
+    if old:
+        os.rmdir(folder + old)
 
 
 # ══ verify ═══════════════════════════════════════════════════════════════════════════════════════
@@ -6927,9 +6954,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         return complain(terminal, "interrupted", Interrupted.exit_code)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        return complain(terminal, f"the machine failed: {error.strerror or error}{where} "
-                                  f"(temporary files go to {tempfile.gettempdir()}); what was "
-                                  "recorded is safe, make room or mend it and start again", 1)
+        tmp = tempfile.tempdir or os.environ.get("TMPDIR", "/tmp")      # there may be none
+        return complain(terminal, f"the machine failed: {error.strerror or error}{where} (temporary "
+                        f"files go to {tmp}); what was recorded is safe, make room or mend it and "
+                        "start again", 1)
 
 
 def complain(terminal: Terminal, text: str, code: int) -> int:

@@ -287,6 +287,25 @@ def test_new_keeps_the_old_run_beside_it(project: Project) -> None:
     whole(project)
 
 
+def test_new_that_comes_to_nothing_leaves_the_old_run_where_it_was(project: Project) -> None:
+    project.turns(write(90))
+    assert play(project).code == 0
+    kept = project.git("rev-parse", "scalarloop/t", "refs/scalarloop/t/ledger")
+    ledger = project.ledger()
+    project.write("metric.py", "raise SystemExit('broken')\n")
+    project.commit("a metric that fails")
+    result = play(project, "--new")
+    assert result.code == 2 and "metric.exit" in result.err, result
+    assert project.git("rev-parse", "scalarloop/t", "refs/scalarloop/t/ledger") == kept
+    assert sorted(os.listdir(project.state.parent)) == [".gitignore", "t"]
+    assert sorted(os.listdir(project.state)) == ["iterations", "ledger.jsonl", "lock", "store.git"]
+    assert project.ledger() == ledger and "scalarloop/t.1" not in project.git("branch")
+    project.git("revert", "--no-edit", "HEAD")
+    project.turns(write(80))
+    assert play(project, "--more", "1").code == 0 and short(project) == ["keep", "keep"]
+    whole(project)
+
+
 def test_new_where_there_is_no_run_simply_begins(project: Project) -> None:
     project.turns(write(90))
     assert play(project, "--new").code == 0 and short(project) == ["keep"]
