@@ -6637,8 +6637,10 @@ def verify_ledger(config: Config, user: UserRepository, findings: Findings) -> O
     findings.checked.append(f"chain of {state.iterations} iterations, {len(state.keeps)} keeps, "
                             f"{state.sessions} sessions")
     limits, others = changed_keys(state.config, config.resolved())
-    if limits or others:
-        findings.warnings.append("loop.ini differs from the run's: " + ", ".join(limits + others))
+    if others:
+        findings.errors.append(f"loop.ini is not the run's: {', '.join(others)} changed since")
+    if limits:
+        findings.warnings.append(f"limits differ from the run's: {', '.join(limits)}")
     with open(os.path.abspath(__file__), "rb") as stream:
         if hashlib.sha256(stream.read()).hexdigest() != state.start["tool_sha256"]:
             findings.warnings.append("this scalarloop.py is not the one that began the run")
@@ -6955,9 +6957,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         tmp = tempfile.tempdir or os.environ.get("TMPDIR", "/tmp")      # there may be none
-        return complain(terminal, f"the machine failed: {error.strerror or error}{where} (temporary "
-                        f"files go to {tmp}); what was recorded is safe, make room or mend it and "
-                        "start again", 1)
+        return complain(terminal, f"the machine failed: {error.strerror or error}{where} "
+                        f"(temporary files go to {tmp}); what was recorded is safe, make room or "
+                        "mend it and start again", 1)
 
 
 def complain(terminal: Terminal, text: str, code: int) -> int:

@@ -439,12 +439,16 @@ def test_a_pending_record_does_not_hide_what_is_wrong_before_it(finished: Projec
 
 # ---- what only warns
 
-def test_a_changed_loop_ini_is_a_warning_that_names_the_keys(finished: Project) -> None:
-    finished.config["loop"].update(iterations=99, goal="Another one.")
+def test_a_changed_limit_is_a_warning_and_any_other_key_is_not_the_run_s(finished: Project) -> None:
+    finished.config["loop"]["iterations"] = 99
     finished.save_config()
     result = finished.call("verify")
-    assert result.code == 0, result
-    assert re.search(r"warning .*\[loop\] iterations.*\[loop\] goal", result.out), result
+    assert result.code == 0 and re.search(r"warning .*\[loop\] iterations", result.out), result
+    finished.config["loop"]["goal"] = "Another one."
+    finished.save_config()
+    result = finished.call("verify")
+    assert result.code == 4, result
+    assert re.search(r"BROKEN .*loop\.ini .*\[loop\] goal", result.out), result
 
 
 def test_a_scope_widened_in_loop_ini_does_not_widen_what_was_allowed(finished: Project) -> None:
