@@ -111,7 +111,8 @@ class ConfigError(Refused):
     """loop.ini can't be used; carries every problem that was found, a line each."""
 
     def __init__(self, problems: Sequence[str]):
-        super().__init__("\n".join(problems))
+        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
+        super().__init__("\n".join([*problems[:20], *more]))
 
 
 class RecordBroken(ScalarLoopError):
@@ -357,6 +358,16 @@ def parse_words(text: str) -> Tuple[str, ...]:
     return words
 
 
+def parse_list(text: str) -> Tuple[str, ...]:
+    """Split at white space like `parse_words`; a comma after a word is a slip."""
+    words = parse_words(text)
+    for word in words:
+        if word.endswith(","):
+            raise ValueError(f"words with blanks between them, so without the comma after "
+                             f"{word[:-1]!r}")
+    return words
+
+
 def parse_command(text: str) -> Tuple[str, ...]:
     """Split a command as a shell would; no shell runs it."""
     words = parse_words(text)
@@ -369,10 +380,11 @@ def parse_command(text: str) -> Tuple[str, ...]:
 
 def parse_globs(text: str) -> Tuple[str, ...]:
     """Accept globs relative to loop.ini's folder, one to a word."""
-    for glob in parse_words(text):
+    words = parse_list(text)
+    for glob in words:
         if not glob or glob.startswith(("/", "~")) or ".." in glob.split("/"):
             raise ValueError("globs relative to loop.ini's folder, without '..'")
-    return parse_words(text)
+    return words
 
 
 def parse_relative(text: str) -> str:
@@ -384,7 +396,7 @@ def parse_relative(text: str) -> str:
 
 def parse_relatives(text: str) -> Tuple[str, ...]:
     """Accept relative paths, one to a word."""
-    return tuple(parse_relative(word.rstrip("/")) for word in parse_words(text))
+    return tuple(parse_relative(word.rstrip("/")) for word in parse_list(text))
 
 
 def parse_variables(text: str) -> Tuple[str, ...]:
@@ -463,7 +475,7 @@ class LoopOptions:
     goal: str = key(parse_text, "")
     program: str = key(parse_relative, "")
     scope: Tuple[str, ...] = key(parse_globs, ())
-    seal: Tuple[str, ...] = key(parse_words, ())
+    seal: Tuple[str, ...] = key(parse_list, ())
     share: Tuple[str, ...] = key(parse_relatives, ())
     ignore: Tuple[str, ...] = key(parse_globs, ())
     memory: str = key(parse_relative, "")
@@ -491,7 +503,7 @@ class AgentOptions:
     timeout: float = key(parse_duration, 600.0)
     rework: int = key(parse_whole, 2)
     env: Tuple[str, ...] = key(parse_variables, ())
-    writable: Tuple[str, ...] = key(parse_words, ())
+    writable: Tuple[str, ...] = key(parse_list, ())
     price_per_turn: float = key(parse_price, 0.0, limit=True)
     max_cost: Optional[float] = key(parse_price, None, limit=True)
 
@@ -545,7 +557,7 @@ class HoldoutOptions:
     direction: str = key(parse_choice("minimize", "maximize"), "")
     timeout: float = key(parse_duration, 600.0)
     bounds: Tuple[Optional[float], Optional[float]] = key(parse_bounds, (None, None))
-    files: Tuple[str, ...] = key(parse_words, ())
+    files: Tuple[str, ...] = key(parse_list, ())
 
 
 @dataclass(frozen=True)
@@ -590,15 +602,6 @@ class Config:
         """Return the file that holds the run's record."""
         return os.path.join(self.state_folder, "ledger.jsonl")
 
-    @property
-    def anchor_ref(self) -> str:
-        """Return the ref that holds the ledger.
-
-        Not refs/scalarloop/<name> itself: git would take `scalarloop/<name>` for that ref, before
-        the branch of the same name.
-        """
-        return f"refs/scalarloop/{self.loop.name}/ledger"
-
     def resolved(self) -> Dict[str, Dict[str, Any]]:
         """Return every key with its value in force, as JSON types, for the ledger."""
         sections = {"loop": self.loop, "agent": self.agent, "metric": self.metric,
@@ -607,6 +610,15 @@ class Config:
         table = {name: asdict(value) for name, value in sections.items()}
         table["adapter"] = dict(self.adapter)
         return json.loads(json.dumps(table))
+
+
+def anchor_ref(config: Config, ending: str = "") -> str:
+    """Return the ref that holds the ledger of a run, or of one set aside under another ending.
+
+    Not refs/scalarloop/<name> itself: git would take `scalarloop/<name>` for that ref, before the
+    branch of the same name.
+    """
+    return f"refs/scalarloop/{config.loop.name}{ending}/ledger"
 
 
 SECTIONS = {"loop": LoopOptions, "agent": AgentOptions, "metric": MetricOptions,
@@ -877,9 +889,44 @@ def write_plain(path: str, data: bytes, append: bool = False) -> None:
         stream.write(data)
 
 
-def counted(number: int, noun: str) -> str:
-    """Return `1 file is` or `3 files are`."""
-    return f"{number} {noun} is" if number == 1 else f"{number} {noun}s are"
+def counted(number: int, noun: str, verbs: str = "") -> str:
+    """Return `1 file` or `3 files`; with the verbs `is are`, `1 file is` or `3 files are`."""
+    one, _, many = verbs.partition(" ")
+    return (f"{number} {noun} {one}" if number == 1 else f"{number} {noun}s {many}").rstrip()
+
+
+def format_number(value: Optional[float], missing: str = "-") -> str:
+    """Return a number as a person writes it; every digit of a whole number, 6 of others."""
+    if value is None:
+        return missing
+    if float(value).is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    return f"{value:.6g}"
+
+
+def exact_number(value: Optional[float]) -> str:
+    """Return a number with all its digits."""
+    shown = format_number(value)
+    return shown if value is None or float(shown) == value else repr(value)
+
+
+def format_change(old: Optional[float], new: Optional[float]) -> str:
+    """Return the relative change in percent, or the difference where the old value is 0."""
+    if old is None or new is None:
+        return ""
+    if old == 0:
+        return f"{new - old:+.4g}"
+    percent = (new - old) / abs(old) * 100
+    return f"{percent:+.1f} %" if abs(percent) < 1e6 else f"{percent:+.1e} %"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration in at most two units."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)}m{int(seconds % 60):02d}s"
+    return f"{int(seconds // 3600)}h{int(seconds % 3600 // 60):02d}m"
 
 
 def printable(text: str, most: int = 200) -> str:
@@ -917,8 +964,8 @@ class Watch:
     def check(self) -> None:
         """Raise Interrupted when a stop was asked for."""
         if self.stop_signal:
-            raise Interrupted(f"interrupted by {signal.Signals(self.stop_signal).name}; start "
-                              "again to go on from the last iteration")
+            name = signal.Signals(self.stop_signal).name
+            raise Interrupted(f"interrupted by {name}; start again")
 
 
 @dataclass(frozen=True)
@@ -1040,6 +1087,9 @@ def run_program(argv: Sequence[str], *, cwd: str, env: Dict[str, str],
         sinks[process.stderr.fileno()] = errors
     try:
         timed_out = _pump(process, dict(sinks), started + (timeout or math.inf), watch)
+    except BaseException:
+        sinks = {}      # it may be one of them that failed
+        raise
     finally:
         _signal_group(process, signal.SIGKILL)
         status = process.wait()
@@ -3009,7 +3059,8 @@ class Tree:
                 self._restore_folder(change.path)
         self._write([path for path in stale if path in self.expected])
         for change in changes:
-            if change.kind in ("touched", "folder_touched"):
+            if change.kind == "touched" or change.kind == "folder_touched" \
+                    and change.path in self.folders:    # not one that became empty
                 self._stamp(change.path)
         self._settle()
 
@@ -3810,6 +3861,7 @@ class NoiseRules:
     max_gain: Optional[Gain] = None
     risk: Optional[float] = 0.2
     samples: Optional[int] = None  # caps a duel's pairs
+    sign: float = 1.0  # -1 where higher is better: for the words of the evidence alone
 
 
 class NoiseState(NamedTuple):
@@ -3999,7 +4051,10 @@ def judge(state: NoiseState, rules: NoiseRules, trial: Trial) -> Judgement:
     reference = median(state.reference)
     gain = rules.min_gain.over(reference)
     below = screen_threshold(state, rules, gain)
-    evidence = f"one run {screen:.6g}, reference {reference:.6g}, needed below {below:.6g}"
+    one, usual, bar = (format_number(turned(value, rules.sign)) for value in
+                       (screen, reference, below))
+    evidence = (f"one run {one}, reference {usual}, needed "
+                f"{'below' if rules.sign > 0 else 'above'} {bar}")
     if _is_implausible(rules, reference, screen):
         return Judgement(Reason.IMPLAUSIBLE, screen, samples, evidence + ", gain beyond max_gain")
     if not screen < below:
@@ -4416,6 +4471,7 @@ class State:
         self.noise = NoiseState()
         self.guard_samples: Dict[str, List[float]] = {}
         self.stopped = ""
+        self.closing: Record = {}       # fresh pairs of baseline and best, and what they say
         self.due, self.due_before, self.moved_on = -1, -1, False    # records that are handed back
         self.unproven = 0
         self.sessions = self.more_until = 0
@@ -4452,7 +4508,7 @@ class State:
 
     def _on_resume(self, record: Record) -> None:
         self.config = checked_config(record["config"])
-        self.stopped = ""
+        self.stopped, self.closing = "", {}
         self.sessions += 1
         self.failures = self.voids = 0
         self.more_until = self.config["loop"]["iterations"] if record["more"] else 0
@@ -4494,10 +4550,19 @@ class State:
             "n", "verdict", "reason", "value", "files", "detail", "note")})
 
     def _on_stop(self, record: Record) -> None:
-        self.stopped = record["reason"]
+        closing = record["closing"]
+        self.stopped, self.closing = record["reason"], {}
+        if closing:
+            self.closing = {name: closing[name] + 0.0 for name in ("gain", "low", "high")}
+            self.closing["pairs"] = [(old + 0.0, new + 0.0) for old, new in closing["pairs"]]
         self.more_until = 0
         self.elapsed = max(self.elapsed, record["elapsed"])
         self.check_ins += record["reason"] == "check_in"
+
+
+def run_tips(state: State) -> List[str]:
+    """Return the base and every kept commit: where a run's branch may be."""
+    return [state.base, *(commit for _, commit, _ in state.keeps)]
 
 
 def too_dear(config: Config, state: State) -> bool:
@@ -4586,7 +4651,8 @@ def resolve_adapter(name: str, folder: str) -> List[str]:
     near = difflib.get_close_matches(name, found + ["claude"], 1)
     raise Refused(f"agent: there is no adapters/{name}.py beside loop.ini or beside scalarloop.py"
                   + (f" (did you mean {near[0]}?)" if near else "")
-                  + "; correct [agent] adapter, or set [agent] command")
+                  + "; correct [agent] adapter, copy scalarloop's adapters/ folder, or set "
+                  "[agent] command")
 
 
 def agent_environment(config: Config, n: int, turn: int, seed: int, files: Sequence[str],
@@ -4677,32 +4743,13 @@ def format_history(row: Record, prefix: str) -> str:
 
 # ══ terminal ═════════════════════════════════════════════════════════════════════════════════════
 
-def format_number(value: Optional[float], missing: str = "-") -> str:
-    """Return a number as a person writes it; every digit of a whole number, 6 of others."""
-    if value is None:
-        return missing
-    if float(value).is_integer() and abs(value) < 1e15:
-        return str(int(value))
-    return f"{value:.6g}"
+def standing_value(samples: Mapping[str, Any], best: Optional[float]) -> Optional[float]:
+    """Return what a candidate's number is to be held against: its duel's own incumbent runs.
 
-
-def format_change(old: Optional[float], new: Optional[float]) -> str:
-    """Return the relative change in percent, or the difference where the old value is 0."""
-    if old is None or new is None:
-        return ""
-    if old == 0:
-        return f"{new - old:+.4g}"
-    percent = (new - old) / abs(old) * 100
-    return f"{percent:+.1f} %" if abs(percent) < 1e6 else f"{percent:+.1e} %"
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a duration in at most two units."""
-    if seconds < 60:
-        return f"{seconds:.1f}s"
-    if seconds < 3600:
-        return f"{int(seconds // 60)}m{int(seconds % 60):02d}s"
-    return f"{int(seconds // 3600)}h{int(seconds % 3600 // 60):02d}m"
+    The best so far may have been measured in another hour, on a busier machine.
+    """
+    rivals = [first for first, _ in samples.get("pairs", ()) if first is not None]
+    return median(rivals) if rivals else best
 
 
 def format_iteration(record: Record, best_before: Optional[float]) -> str:
@@ -4714,8 +4761,11 @@ def format_iteration(record: Record, best_before: Optional[float]) -> str:
     extra = record["detail"] or record["evidence"]
     if extra:
         why += f": {printable(extra, 90)}"
+    if record["turns"] > 1:
+        why += f" ({record['turns']} turns)"
+    change = format_change(standing_value(record["samples"], best_before), value)
     return (f"#{record['n']:<4d}{record['verdict']:<13s}{format_number(value):>12s} "
-            f"{format_change(best_before, value):>10s}  {format_seconds(seconds):>7s}  {why}")
+            f"{change:>10s}  {format_seconds(seconds):>7s}  {why}")
 
 
 def holdout_gap(config: Config, state: State) -> str:
@@ -4730,16 +4780,25 @@ def holdout_gap(config: Config, state: State) -> str:
         if sign * last >= sign * first else ""
 
 
+def format_headline(state: State) -> str:
+    """Return what the run came to: of a noisy metric, what fresh pairs of both ends say."""
+    pairs = state.closing.get("pairs", ())
+    first, last = (median(runs) for runs in zip(*pairs)) if pairs else (state.baseline, state.best)
+    return (f"{state.metric_name[:10]:<10s} {format_number(first)} -> {format_number(last)} "
+            f"({format_change(first, last) or 'no change'})"
+            + (f"  [{state.unproven} unproven]" if state.unproven else "")
+            + (f"; the medians of {len(pairs)} fresh pairs" if pairs else ""))
+
+
 def format_summary(config: Config, state: State, head: str, records: int, reason: str,
-                   closing: str) -> str:
-    """Return the closing summary of a run."""
+                   detail: str = "") -> str:
+    """Return the closing summary of a run; `detail` says more than the reason's usual words."""
     counts = ", ".join(f"{count} {verdict}" for verdict, count in state.counts.items() if count)
     branch = config.loop.branch
     lines = [
-        f"stopped    {STOP_TEXT.get(reason, reason)} ({reason})",
-        f"{state.metric_name[:10]:<10s} {format_number(state.baseline)} -> "
-        f"{format_number(state.best)} ({format_change(state.baseline, state.best) or 'no change'})"
-        + (f"  [{state.unproven} unproven]" if state.unproven else ""),
+        f"{'stopped' if state.stopped else 'status':<10s} "
+        f"{detail or STOP_TEXT.get(reason, reason)} ({reason})",
+        format_headline(state),
         f"turns      {counts or 'none'}",
     ]
     if state.refused:
@@ -4748,15 +4807,16 @@ def format_summary(config: Config, state: State, head: str, records: int, reason
     if not state.noise.exact and state.baseline is not None:
         spread = format_number(sigma(state.noise.differences))
         lines.append(f"noise      one run varies by {spread}")
-    if closing:
-        lines.append(f"measured   {closing}")
+    if state.closing:
+        gain, low, high = (format_number(state.closing[name]) for name in ("gain", "low", "high"))
+        lines.append(f"gain       {gain}, in all likelihood from {low} to {high}")
     if state.holdout and state.holdout[0][1] is not None:
         first, last = state.holdout[0][1], state.holdout[-1][1]
         lines.append(f"holdout    {format_number(first)} -> {format_number(last)} "
                      f"({format_change(first, last) or 'no change'})" + holdout_gap(config, state))
     if state.keeps:
-        lines += [f"branch     {branch}   ({len(state.keeps)} commit{'s' * (len(state.keeps) > 1)} "
-                  f"on {state.base[:12]})",
+        lines += [f"branch     {branch}   ({counted(len(state.keeps), 'commit')} on "
+                  f"{state.base[:12]})",
                   f"look       git log --stat {state.base[:12]}..{branch}",
                   f"merge      git merge --no-ff {branch}"]
     else:
@@ -4848,6 +4908,10 @@ class Gate:
         """Add a condition that does not hold."""
         self.rows.append(Condition(name, "FAILED", text))
 
+    def has_failed(self, name: str) -> bool:
+        """Tell whether a condition of that name failed."""
+        return any(row.name == name and row.state == "FAILED" for row in self.rows)
+
     def demand(self) -> None:
         """Raise Refused if any condition failed."""
         failed = [row for row in self.rows if row.state == "FAILED"]
@@ -4862,7 +4926,7 @@ class Gate:
 def check_work_tree(gate: Gate, config: Config, user: UserRepository) -> None:
     """Look for staged and changed tracked files; untracked ones are only listed."""
     if not user.branch:
-        gate.fail("branch", "HEAD is detached; check out the branch to start from")
+        gate.fail("branch", "HEAD is detached; check out the branch to start from, or make one")
     drivers = user.repo.git("config", "--name-only", "-z", "--get-regexp", r"^filter\.",
                             accept=(0, 1)).split(b"\0")[:-1]
     quiet = [word for driver in sorted({name.rpartition(b".")[0] for name in drivers})
@@ -4873,14 +4937,15 @@ def check_work_tree(gate: Gate, config: Config, user: UserRepository) -> None:
                          "--ignore-submodules=dirty").split(b"\0")[:-1]
     own = os.path.relpath(os.path.realpath(config.path), os.path.realpath(user.top)).encode()
     changed = [row[3:] for row in rows if row[:2] not in (b"??", b"!!") and row[3:] != own]
-    untracked = [row[3:] for row in rows if row[:2] == b"??" and row[3:] != own
+    known = {own, *(user.prefix + name.encode() + b"/" for name in config.loop.share)}
+    untracked = [row[3:] for row in rows if row[:2] == b"??" and row[3:] not in known
                  and b".scalarloop/" not in row]
     if changed:
-        gate.fail("tree", f"{counted(len(changed), 'tracked file')} changed or staged, the first "
-                          f"is {shown_path(changed[0])}; commit or stash them")
+        gate.fail("tree", f"{counted(len(changed), 'tracked file', 'is are')} changed or staged, "
+                          f"the first is {shown_path(changed[0])}; commit or stash them")
     elif untracked:
-        gate.notice("tree", f"clean; {len(untracked)} untracked paths are not seen by the metric, "
-                    f"the first is {shown_path(untracked[0])}")
+        gate.notice("tree", f"clean; {counted(len(untracked), 'untracked path', 'is are')} not "
+                    f"seen by the metric, the first is {shown_path(untracked[0])}")
     else:
         gate.ok("tree", f"clean at {user.head[:12]}")
 
@@ -4905,8 +4970,8 @@ def check_branch(gate: Gate, config: Config, user: UserRepository, tips: Sequenc
     elif at and at not in tips:
         gate.fail("branch", f"{branch} exists and is not this run's (at {at[:12]}); rename it, or "
                   "set [loop] branch or name")
-    else:
-        gate.ok("branch", f"{branch}, from {user.branch or 'HEAD'}")
+    elif user.branch:
+        gate.ok("branch", f"{branch}, from {user.branch}")
 
 
 def check_scope(gate: Gate, config: Config, user: UserRepository, scope: Scope,
@@ -4921,26 +4986,49 @@ def check_scope(gate: Gate, config: Config, user: UserRepository, scope: Scope,
         gate.fail("scope", f"{' '.join(config.loop.scope)} matches no tracked regular file that is "
                   f"not sealed{hint}; correct [loop] scope or commit the files")
     else:
-        gate.ok("scope", f"{len(inside)} files may change, {len(listed) - len(inside)} may not")
+        gate.ok("scope", f"{counted(len(inside), 'file')} may change, {len(listed) - len(inside)} "
+                         "may not")
+    for glob in config.loop.scope if inside else ():
+        if not any(replace(scope, globs=(split_glob(glob),)).holds(path) for path in listed):
+            gate.notice("scope", f"{glob} matches no tracked file")
+    own = os.fsencode(os.path.relpath(os.path.realpath(config.path), os.path.realpath(user.top)))
+    differing = [path for path, row in listed.items() if row.mode in (PLAIN, EXECUTABLE)
+                 and path != own and differs_on_disk(user, path, row)]
+    if differing and not gate.has_failed("tree"):
+        gate.notice("tree", f"{counted(len(differing), 'file', 'is are')} stored with other bytes "
+                            f"than on disk (line ends, filters), the first is "
+                            f"{shown_path(differing[0])}; the metric sees the stored ones")
+    check_named_files(gate, config, scope, listed)
+    check_links(gate, config, user, scope, listed)
+
+
+def check_named_files(gate: Gate, config: Config, scope: Scope, listed: Dict[bytes, Listed]
+                      ) -> None:
+    """Look at the files that commands name: in scope, not tracked, or the loop's own."""
     for section, command in commands_of(config).items():
         for word in command:
             path = scope.prefix + os.path.normpath(word).encode()
+            if section == "metric produce":
+                continue        # the candidate's own, so it may
             if path in listed and scope.holds(path):
                 gate.notice("scope", f"[{section}] runs {word}, which the agent may change: the "
                             "candidate then speaks for itself; put the scoring in a sealed file "
                             "and run the candidate by `produce`")
+            elif path not in listed and not word.startswith(("/", "-", "~", "..")) \
+                    and os.path.isfile(os.path.join(config.folder, word)) \
+                    and word.split("/")[0] not in config.loop.share:
+                gate.notice(section.split(" ")[0], f"{printable(word)} is not a tracked file, so "
+                            "the metric won't see it; commit it if it should")
+    for word in [os.path.abspath(__file__), *config.agent.command]:
+        path = scope.prefix + os.path.relpath(os.path.join(config.folder, word),
+                                              config.folder).encode()
+        if path in listed and scope.holds(path):
+            gate.notice("scope", f"{shown_path(path)} is in scope: the agent may change what you "
+                        "will run after a merge; name it in [loop] seal")
     if not config.metric.produce:
         gate.notice("metric", "one step: if the command runs the candidate's code in its own "
                               "process, that code could print the number; `produce` and `outputs` "
                               "split it")
-    own = os.fsencode(os.path.relpath(os.path.realpath(config.path), os.path.realpath(user.top)))
-    differing = [path for path, row in listed.items() if row.mode in (PLAIN, EXECUTABLE)
-                 and path != own and differs_on_disk(user, path, row)]
-    if differing:
-        gate.notice("tree", f"{counted(len(differing), 'file')} stored with other bytes than on "
-                            f"disk (line ends, filters), the first is {shown_path(differing[0])}; "
-                            "the metric sees the stored ones")
-    check_links(gate, config, user, scope, listed)
 
 
 def differs_on_disk(user: UserRepository, path: bytes, row: Listed) -> bool:
@@ -5766,7 +5854,7 @@ def noise_rules(config: Config) -> NoiseRules:
     """Return what loop.ini says about noise."""
     metric = config.metric
     risk = None if metric.confidence is None else round(1 - metric.confidence, 12)
-    return NoiseRules(metric.min_gain, metric.max_gain, risk, metric.samples)
+    return NoiseRules(metric.min_gain, metric.max_gain, risk, metric.samples, config.sign)
 
 
 def make_candidate(run: Run, edits: Dict[bytes, Edit], over: Snapshot, commit: str) -> Snapshot:
@@ -5858,11 +5946,11 @@ def commit_keep(run: Run, work: Work, value: Optional[float]) -> str:
                     - after.keys())
     if run.store.list_changes(run.incumbent.tree, candidate.tree) != measured:
         raise StoreDamaged("store: the candidate's tree is not what was measured")
-    name = state.metric_name
+    name, before_it = state.metric_name, standing_value(work.samples, state.best)
     message = (
-        f"#{work.n} {name} {format_number(state.best)} -> {format_number(value)} "
-        f"({format_change(state.best, value)})\n\n"
-        f"Scalar-Loop-Iteration: {work.n}\nScalar-Loop-Metric: {name}={value!r}\n"
+        f"#{work.n} {name} {format_number(before_it)} -> {format_number(value)} "
+        f"({format_change(before_it, value)})\n\n"
+        f"Scalar-Loop-Iteration: {work.n}\nScalar-Loop-Metric: {name}={exact_number(value)}\n"
         f"Scalar-Loop-Base: {state.base}\n"
         f"Scalar-Loop-Ledger: {run.ledger.records - 1} {run.ledger.head}\n")
     commit = run.store.commit(candidate.tree, state.tip, message, int(time.time()))
@@ -5891,12 +5979,12 @@ def publish(run: Run) -> None:
 def hand_back(run: Run, ledger: Ledger) -> None:
     """Do it: nothing that is somebody else's is moved, nothing is named before it is there."""
     state, branch = run.state, f"refs/heads/{run.config.loop.branch}"
-    anchor_ref = run.config.anchor_ref
-    found = run.user.repo.refs([branch, anchor_ref], busy="checked-out")
+    ledger_ref = anchor_ref(run.config)
+    found = run.user.repo.refs([branch, ledger_ref], busy="checked-out")
     at = found.get(branch, "")
-    if found.get(anchor_ref, "") != run.anchor:
-        raise RecordBroken(f"{anchor_ref} is no longer where this run left it; it was left alone")
-    tips = [state.base, *(commit for _, commit, _ in state.keeps)]
+    if found.get(ledger_ref, "") != run.anchor:
+        raise RecordBroken(f"{ledger_ref} is no longer where this run left it; it was left alone")
+    tips = run_tips(state)
     if at == "checked-out" and run.handed == state.tip:
         at = state.tip      # nothing of it is to be moved
     if at == "checked-out":
@@ -5908,7 +5996,7 @@ def hand_back(run: Run, ledger: Ledger) -> None:
                            "or start a new run with --new")
     anchor, pack = run.store.write_anchor(
         ledger.path, f"seq {ledger.records - 1} hash {ledger.head}\n", run.user, run.anchor)
-    moves = [(anchor_ref, anchor, run.anchor)]
+    moves = [(ledger_ref, anchor, run.anchor)]
     if state.keeps and at != state.tip:
         moves.append((branch, state.tip, at))
         if at != run.handed:        # not what this session left: it may lack more than a keep
@@ -5953,22 +6041,37 @@ def look_around(gate: Gate, config: Config, user: UserRepository, tips: Sequence
     return scope, argv, listed
 
 
+class Snapshots(NamedTuple):
+    """The trees that a run begins with; `lfs` are the pointers whose content counts."""
+
+    lfs: FrozenSet[bytes]
+    base: Snapshot
+    incumbent: Snapshot
+
+
+def take_snapshots(store: Store, user: UserRepository, folder: str, base: str, tip: str
+                   ) -> Snapshots:
+    """Read and hash the base and the incumbent; raises StoreDamaged when an object isn't itself."""
+    lfs = lfs_pointers(user, store.list_tree(base), os.path.join(folder, "lfs"))
+    first, *last = (Snapshot(store.repo.line("rev-parse", f"{commit}^{{tree}}"),
+                             take_manifest(store, commit, lfs))
+                    for commit in dict.fromkeys((base, tip)))
+    return Snapshots(lfs, first, last[0] if last else first)
+
+
 def open_run(gate: Gate, config: Config, user: UserRepository, store: Store, folder: str, tmp: str,
-             watch: Watch, terminal: Terminal, scope: Scope, argv: List[str], base: str, tip: str
+             watch: Watch, terminal: Terminal, scope: Scope, argv: List[str], trees: Snapshots
              ) -> Run:
-    """Take the manifests and seals, witness the isolation, and make the trees' layers."""
-    listed = store.list_tree(base)
-    lfs = lfs_pointers(user, listed, os.path.join(folder, "lfs"))
-    manifest = take_manifest(store, base, lfs)
-    snapshot = Snapshot(store.repo.line("rev-parse", f"{base}^{{tree}}"), manifest)
-    incumbent = snapshot if tip == base else Snapshot(
-        store.repo.line("rev-parse", f"{tip}^{{tree}}"), take_manifest(store, tip, lfs))
+    """Take the seals, witness the isolation, and make the trees' layers."""
+    manifest = trees.base.manifest
+    listed = {path: Listed(entry.mode, entry.oid) for path, entry in manifest.items()}
     outside = OutsideSeal(sealed_paths(config, user, scope, listed))
     hidden = hidden_paths(config, scope, manifest)
     isolation = choose_isolation(config, tmp, folder, secret_paths(config, user, hidden), watch)
-    run = Run(config, user, scope, store, tmp, folder, watch, terminal, isolation, lfs, snapshot,
-              incumbent, outside, argv, hidden=hidden)
-    gate.ok("seal", f"{len(manifest)} tracked files and {len(outside.entries)} outside the tree")
+    run = Run(config, user, scope, store, tmp, folder, watch, terminal, isolation, trees.lfs,
+              trees.base, trees.incumbent, outside, argv, hidden=hidden)
+    sealed = sum(not scope.holds(path) for path in manifest)
+    gate.ok("seal", f"{counted(sealed, 'tracked file')}, {len(outside.entries)} outside the tree")
     gate.rows += [Condition("isolation", *row) for row in isolation_rows(config, run.isolation)]
     run.shared = share_layer(run)
     run.workspace = make_tree(run, "workspace", [])
@@ -6170,7 +6273,9 @@ def check_canary(run: Run, gate: Gate, samples: Sequence[float]) -> None:
                            cwd=cwd, env=metric_environment(config), sink=capture, watch=run.watch,
                            timeout=config.metric.timeout)
         if ended.status:
-            gate.fail("canary", f"its command failed ({ended.describe()}); mend it")
+            missing = "" if os.access(argv[0], os.X_OK) else \
+                f"{config.metric.canary[0]} is neither a patch beside loop.ini nor a program: "
+            gate.fail("canary", f"{missing}its command failed ({ended.describe()}); mend it")
             return
     changes = [change for change in scratch.inspect() if not change.kind.startswith("folder")
                and change.path not in scratch.layer.entries]
@@ -6204,6 +6309,11 @@ def duel_canary(run: Run, gate: Gate, canary: Snapshot, samples: Sequence[float]
 
 # ══ run and resume ═══════════════════════════════════════════════════════════════════════════════
 
+def how_to_restore(config: Config) -> str:
+    """Return the command that gets the ledger back from its anchor."""
+    return f"git archive {anchor_ref(config)} | tar -xOf - > {config.ledger_path}"
+
+
 class Anchor(NamedTuple):
     """What the ledger's ref in the user's repository names: a commit, and a record by seq and hash.
 
@@ -6217,7 +6327,7 @@ class Anchor(NamedTuple):
 
 def read_anchor(user: UserRepository, config: Config) -> Anchor:
     """Return the ledger's anchor; raise RecordBroken when its ref holds anything else."""
-    ref = config.anchor_ref
+    ref = anchor_ref(config)
     try:
         commit = user.repo.ref(ref)
         text = user.repo.git("cat-file", "commit", commit).decode("utf-8", "replace") \
@@ -6240,26 +6350,20 @@ def fold_ledger(config: Config, state: State, torn: Optional[List[bytes]] = None
     Reads it once, a line at a time. Raises RecordBroken when it is not whole, has no baseline, is
     shorter than its anchor or not the one that it names. With `look` it is read strictly.
     """
-    ref, last = config.anchor_ref, {"seq": -1}
+    ref, last = anchor_ref(config), {"seq": -1}
     for last in read_ledger(config.ledger_path, ledger_secret(), torn, strict=look is not None):
         if look:
             look(last)
         state.advance(last)
         if last["seq"] == anchor.seq and last["hash"] != anchor.hash:
-            raise RecordBroken(f"ledger: record {anchor.seq} is not the one that {ref} names; an "
-                               f"older or other ledger was put in place ({how_to_restore(ref)})")
+            raise RecordBroken(f"ledger: record {anchor.seq} is not the one that {ref} names: an "
+                               "older or other ledger was put in its place")
     if last["seq"] < anchor.seq:
         raise RecordBroken(f"ledger: its tail was cut: {ref} names record {anchor.seq}, which is "
-                           f"not there ({how_to_restore(ref)})")
+                           "not there")
     if state.baseline is None:
-        raise RecordBroken(f"ledger: {config.ledger_path} holds no start and baseline; start a new "
-                           "run with --new")
+        raise RecordBroken(f"ledger: {config.ledger_path} holds no start and baseline")
     return last
-
-
-def how_to_restore(ref: str) -> str:
-    """Return the command that prints the ledger which an anchor holds."""
-    return f"git archive {ref} | tar -xOf -"
 
 
 def run_command(config: Config, options: Options, terminal: Terminal, watch: Watch) -> int:
@@ -6279,7 +6383,10 @@ def run_command(config: Config, options: Options, terminal: Terminal, watch: Wat
             if begun and not options.new:
                 run = resume(config, options, user, tmp, terminal, watch)
             else:
-                aside = begin_anew(config, user) if begun else ""
+                aside = begin_anew(config, user) if options.new else ""
+                if aside:
+                    terminal.say(f"old run      kept beside: {config.state_folder}{aside}, branch "
+                                 f"{config.loop.branch}{aside}")
                 try:
                     run = start(config, user, tmp, terminal, watch)
                 except BaseException:
@@ -6309,16 +6416,19 @@ def begin_anew(config: Config, user: UserRepository) -> str:
     """
     gate = Gate()
     state = State()
-    with contextlib.suppress(RecordBroken):     # a broken record is set aside as it is
-        fold_ledger(config, state, [])
     branch = f"refs/heads/{config.loop.branch}"
     at = user.repo.refs([branch]).get(branch, "")
+    if not has_begun(config) and not user.repo.ref(anchor_ref(config)):
+        return ""       # there is none
+    with contextlib.suppress(RecordBroken, FileNotFoundError):  # it is set aside as it is
+        fold_ledger(config, state, [])
     ours = at and b"\nScalar-Loop-Ledger: " in user.repo.git("cat-file", "commit", at)
     look_around(gate, config, user, [user.head, state.base, *(row[1] for row in state.keeps),
                                      *([at] if ours else [])], user.head, fresh=True)
     gate.demand()
     aside = next(f".{n}" for n in range(1, 10_000)
-                 if not os.path.lexists(f"{config.state_folder}.{n}"))
+                 if not os.path.lexists(f"{config.state_folder}.{n}")
+                 and not user.repo.refs([f"{branch}.{n}", anchor_ref(config, f".{n}")]))
     move_run(config, user, "", aside)
     return aside
 
@@ -6327,18 +6437,16 @@ def carry_on(run: Run) -> int:
     """Run the loop to its stop, close the record, and say what came of it."""
     if run.ledger is None:
         return 1
+    detail = ""
     try:
         reason = run_loop(run)
     except Interrupted as error:
-        run.terminal.say(str(error))
-        reason = "interrupted"
+        reason, detail = "interrupted", str(error).partition(";")[0]
     except (StoreDamaged, GitFailed) as error:
-        run.terminal.say(f"void: {error}")
         void(run, Reason.STORE, str(error))
-        reason = "store"
+        reason, detail = "store", str(error)
     except MetricBroken as error:
-        run.terminal.say(f"failed: {error}")
-        reason = "failed"
+        reason, detail = "failed", str(error)
     try:
         closing = measure_closing(run) if reason in FINAL_STOPS else {}
     except (Interrupted, MetricBroken) as error:
@@ -6349,7 +6457,7 @@ def carry_on(run: Run) -> int:
     if reason != "store":
         publish(run)
     run.terminal.say(format_summary(run.config, run.state, run.ledger.head, run.ledger.records,
-                                    reason, format_closing(closing)))
+                                    reason, detail))
     run.ledger.close()
     return STOP_EXIT.get(reason, 0)
 
@@ -6368,15 +6476,6 @@ def measure_closing(run: Run) -> Dict[str, Any]:
         return {}
     gain = closing_gain([(run.config.sign * old, run.config.sign * new) for old, new in pairs])
     return {"pairs": pairs, "gain": gain.median, "low": gain.low, "high": gain.high}
-
-
-def format_closing(closing: Dict[str, Any]) -> str:
-    """Return what the closing comparison found, in words."""
-    if not closing:
-        return ""
-    return (f"a gain of {format_number(closing['gain'])} (from {format_number(closing['low'])} to "
-            f"{format_number(closing['high'])}) in {len(closing['pairs'])} fresh pairs of baseline "
-            "and best")
 
 
 def start(config: Config, user: UserRepository, tmp: str, terminal: Terminal, watch: Watch) -> Run:
@@ -6414,16 +6513,25 @@ def pass_gate(gate: Gate, config: Config, user: UserRepository, folder: str, tmp
     begun = has_begun(config)
     if begun:
         state = read_state(config)[0]
-        tips += [state.base, *(commit for _, commit, _ in state.keeps)]
-        gate.notice("record", f"a run of {state.iterations} iterations is here; a start would go "
-                              "on with it, or begin anew with --new")
+        tips += run_tips(state)
+        here = f"a run of {counted(state.iterations, 'iteration')} is here"
+        others = changed_keys(state.config, config.resolved())[1]
+        if others:
+            gate.fail("record", f"{here}, and {', '.join(others)} changed since it began; change "
+                      "it back, or begin anew with --new")
+        elif state.stopped in FINAL_STOPS:
+            gate.notice("record", f"{here}, finished ({state.stopped}); "
+                        + how_to_go_on(state.stopped))
+        else:
+            gate.notice("record", f"{here}: a start goes on with it, --new begins anew")
     scope, argv, _ = look_around(gate, config, user, tips, user.head, fresh=True)
-    if user.repo.refs([os.path.dirname(config.anchor_ref)]):
-        gate.fail("record", f"{os.path.dirname(config.anchor_ref)} is a ref, so the ledger's can't "
+    ref = anchor_ref(config)
+    if user.repo.refs([os.path.dirname(ref)]):
+        gate.fail("record", f"{os.path.dirname(ref)} is a ref, so the ledger's can't "
                   "be made beside it; remove it, or give this run another [loop] name")
-    if user.repo.ref(config.anchor_ref) and not begun:
-        gate.fail("record", f"{config.anchor_ref} holds the ledger of an earlier run whose state "
-                  "folder is gone; give this one another [loop] name, or remove the ref")
+    if user.repo.ref(ref) and not begun:
+        gate.fail("record", f"{ref} holds the ledger of an earlier run whose state "
+                  "folder is gone; --new sets its branch and ref aside")
     if any(row.state == "FAILED" for row in gate.rows):
         return None, None
     try:
@@ -6431,8 +6539,8 @@ def pass_gate(gate: Gate, config: Config, user: UserRepository, folder: str, tmp
         for name in ("ledger.jsonl", "store.git"):      # of a start that was cut off
             remove_tree(os.path.join(folder, name))
         store = create_store(os.path.join(folder, "store.git"), user)
-        run = open_run(gate, config, user, store, folder, tmp, watch, terminal, scope, argv,
-                       user.head, user.head)
+        trees = take_snapshots(store, user, folder, user.head, user.head)
+        run = open_run(gate, config, user, store, folder, tmp, watch, terminal, scope, argv, trees)
         if any(row.state == "FAILED" for row in gate.rows):
             return None, None
         return run, take_baseline(run, gate)
@@ -6462,7 +6570,11 @@ def resume(config: Config, options: Options, user: UserRepository, tmp: str, ter
     """Go on with a run from its ledger; return None when it is finished."""
     state, torn = State(), []
     anchor = read_anchor(user, config)
-    last = fold_ledger(config, state, torn, anchor)
+    try:
+        last = fold_ledger(config, state, torn, anchor)
+    except RecordBroken as error:
+        raise RecordBroken(f"{error}; look at it with verify, get the anchored one back ("
+                           f"{how_to_restore(config)}), or begin anew with --new") from None
     cut_torn_line(config.ledger_path, torn)
     limits, others = changed_keys(state.config, config.resolved())
     if others:
@@ -6474,8 +6586,7 @@ def resume(config: Config, options: Options, user: UserRepository, tmp: str, ter
         config = replace(config, loop=replace(config.loop, iterations=until))
     if state.stopped in FINAL_STOPS and not options.more and anchor.seq == last["seq"] \
             and stop_reason(config, state, state.elapsed):
-        terminal.say(format_summary(config, state, last["hash"], last["seq"] + 1, state.stopped,
-                                    ""))
+        terminal.say(format_summary(config, state, last["hash"], last["seq"] + 1, state.stopped))
         terminal.say(f"this run is finished ({state.stopped}); " + how_to_go_on(state.stopped))
         return None
     reason = stop_reason(config, state, state.elapsed) if options.more else ""
@@ -6491,6 +6602,9 @@ def resume(config: Config, options: Options, user: UserRepository, tmp: str, ter
                more=max(until - done, 0), **environment_record(run))
     terminal.say(f"resuming     after #{state.iterations}, best {format_number(state.best)} "
                  f"(baseline {format_number(state.baseline)}); isolation {run.isolation.level}")
+    if user.head not in run_tips(state):
+        terminal.say(f"notice       tree: {user.branch or 'HEAD'} is at {user.head[:12]}, this run "
+                     f"goes on from {state.tip[:12]}: what else has changed is not part of it")
     publish(run)
     return run
 
@@ -6499,7 +6613,7 @@ def reopen(config: Config, user: UserRepository, state: State, tmp: str, termina
            watch: Watch) -> Run:
     """Open a run's store again, behind the gate; what is sealed must be what it was."""
     gate = Gate()
-    tips = [state.base, *(commit for _, commit, _ in state.keeps)]
+    tips = run_tips(state)
     branch = f"refs/heads/{config.loop.branch}"
     if user.repo.refs([branch]).get(branch, state.base) not in tips:
         raise RecordBroken(f"branch {config.loop.branch} is no longer where this run left it; it "
@@ -6509,15 +6623,14 @@ def reopen(config: Config, user: UserRepository, state: State, tmp: str, termina
     gate.demand()
     store = Store(replace(user.repo, git_dir=os.path.join(config.state_folder, "store.git"),
                           work_tree="", cwd=config.state_folder))
-    if not os.path.isdir(store.repo.git_dir):
-        raise StoreDamaged(f"store: {store.repo.git_dir} is gone; begin anew with --new")
+    user = replace(user, head=state.base)
     try:
         clear_store(store)
-        run = open_run(gate, config, replace(user, head=state.base), store, config.state_folder,
-                       tmp, watch, terminal, scope, argv, state.base, state.tip)
-    except (GitFailed, FileNotFoundError) as error:
-        raise StoreDamaged(f"store: {store.repo.git_dir} is damaged ({error}); begin anew with "
-                           "--new") from None
+        trees = take_snapshots(store, user, config.state_folder, state.base, state.tip)
+    except (GitFailed, StoreDamaged, FileNotFoundError) as error:
+        trees = mend_store(store, user, state, str(error))
+    run = open_run(gate, config, user, store, config.state_folder, tmp, watch, terminal, scope,
+                   argv, trees)
     gate.demand()
     now = environment_record(run)
     for name in ("seal_root", "outside_root", "share_root"):
@@ -6526,6 +6639,21 @@ def reopen(config: Config, user: UserRepository, state: State, tmp: str, termina
                           "shared folder or sealed file changed); put it back, or begin anew with "
                           "--new")
     return run
+
+
+def mend_store(store: Store, user: UserRepository, state: State, damage: str) -> Snapshots:
+    """Make a damaged store anew from the user's repository, if all that was kept is there."""
+    try:
+        if not user.repo.ref(f"{state.tip}^{{commit}}"):
+            raise StoreDamaged("the last keep is not in the user's repository")
+        remove_tree(store.repo.git_dir)
+        create_store(store.repo.git_dir, user)
+        copy_objects(user.repo, store.repo, f"{state.tip}\n^{state.base}\n".encode(), "--revs")
+        folder = os.path.dirname(store.repo.git_dir)
+        return take_snapshots(store, user, folder, state.base, state.tip)
+    except (GitFailed, StoreDamaged) as error:
+        raise StoreDamaged(f"store: {store.repo.git_dir} is damaged ({damage}) and can't be made "
+                           f"anew ({error}); begin anew with --new") from None
 
 
 def clear_store(store: Store) -> None:
@@ -6567,11 +6695,12 @@ def learn_folders(run: Run) -> None:
 
 def move_run(config: Config, user: UserRepository, old: str, new: str) -> None:
     """Rename a run's state folder, branch and anchor, from one ending of their names to another."""
-    folder, name, branch = config.state_folder, config.loop.name, config.loop.branch
-    for pattern in (f"refs/heads/{branch}%s", f"refs/scalarloop/{name}%s/ledger"):
-        at = user.repo.ref(pattern % old)
+    folder, branch = config.state_folder, config.loop.branch
+    for source, target in ((f"refs/heads/{branch}{old}", f"refs/heads/{branch}{new}"),
+                           (anchor_ref(config, old), anchor_ref(config, new))):
+        at = user.repo.ref(source)
         if at:
-            move_refs(user, [(pattern % new, at, ""), (pattern % old, "0" * len(at), at)])
+            move_refs(user, [(target, at, ""), (source, "0" * len(at), at)])
     os.makedirs(folder + new, 0o700, exist_ok=True)
     for entry in set(os.listdir(folder + new)) - {"lock"}:      # of a start that came to nothing
         remove_tree(os.path.join(folder + new, entry))
@@ -6598,7 +6727,8 @@ class Findings:
 def verify_command(config: Config, options: Options, terminal: Terminal, watch: Watch) -> int:
     """Re-check a run from its ledger and the repository alone; return the exit code."""
     if not os.path.exists(config.ledger_path):
-        raise Refused(f"verify: there is no ledger at {config.ledger_path}; run the loop first")
+        raise Refused(f"verify: there is no ledger at {config.ledger_path}; run the loop first, or "
+                      f"get the one that was anchored ({how_to_restore(config)})")
     findings = Findings()
     with private_folder(work_folder()) as tmp:
         user = open_user_repository(find_git(), private_home(tmp), config.folder)
@@ -6634,13 +6764,12 @@ def verify_ledger(config: Config, user: UserRepository, findings: Findings) -> O
     except RecordBroken as error:
         findings.errors.append(str(error))
         return None
-    findings.checked.append(f"chain of {state.iterations} iterations, {len(state.keeps)} keeps, "
-                            f"{state.sessions} sessions")
-    limits, others = changed_keys(state.config, config.resolved())
+    findings.checked.append(
+        f"chain of {counted(state.iterations, 'iteration')}, {counted(len(state.keeps), 'keep')}, "
+        f"{counted(state.sessions, 'session')}")
+    others = changed_keys(state.config, config.resolved())[1]
     if others:
         findings.errors.append(f"loop.ini is not the run's: {', '.join(others)} changed since")
-    if limits:
-        findings.warnings.append(f"limits differ from the run's: {', '.join(limits)}")
     with open(os.path.abspath(__file__), "rb") as stream:
         if hashlib.sha256(stream.read()).hexdigest() != state.start["tool_sha256"]:
             findings.warnings.append("this scalarloop.py is not the one that began the run")
@@ -6652,16 +6781,17 @@ def check_pending(config: Config, state: State, anchored: int, findings: Finding
 
     Only the very last one may be on its way still, after a crash.
     """
+    ref = anchor_ref(config)
     if anchored >= state.due:
         return
     findings.pending = anchored >= state.due_before and not state.moved_on
     if findings.pending:
         findings.warnings.append(f"record {state.due} is not handed back yet; start the run again")
     elif anchored < 0:
-        raise RecordBroken(f"{config.anchor_ref} is not here, so a cut tail could not be seen (git "
+        raise RecordBroken(f"{ref} is not here, so a cut tail could not be seen (git "
                            "fetch origin 'refs/scalarloop/*:refs/scalarloop/*')")
     else:
-        raise RecordBroken(f"{config.anchor_ref} names record {anchored}, older than the last that "
+        raise RecordBroken(f"{ref} names record {anchored}, older than the last that "
                            f"was handed back ({state.due})")
 
 
@@ -6712,7 +6842,7 @@ def commit_problem(store: Store, scope: Scope, state: State, parent: str, commit
     if f"\nScalar-Loop-Ledger: {seq} {prev}\n" not in text:
         return f"its trailer does not name record {seq} of this ledger"
     if f"\nScalar-Loop-Iteration: {n}\n" not in text \
-            or f"\nScalar-Loop-Metric: {state.metric_name}={value!r}\n" not in text:
+            or f"\nScalar-Loop-Metric: {state.metric_name}={exact_number(value)}\n" not in text:
         return "its trailers do not say what the ledger says"
     for path, row in changes.items():
         if not scope.holds(path) or row.mode not in (0, PLAIN, EXECUTABLE):
@@ -6757,9 +6887,10 @@ def replay(config: Config, user: UserRepository, state: State, tmp: str, termina
     store = Store(user.repo)
     scope = make_scope(config, user.prefix)
     os.mkdir(os.path.join(tmp, "state"), 0o700)
-    run = open_run(Gate(), config, user, store, os.path.join(tmp, "state"), tmp, watch, terminal,
-                   scope, resolve_command(config.metric.command, config.folder), state.base,
-                   state.tip)
+    folder = os.path.join(tmp, "state")
+    argv = resolve_command(config.metric.command, config.folder)
+    run = open_run(Gate(), config, user, store, folder, tmp, watch, terminal, scope, argv,
+                   take_snapshots(store, user, folder, state.base, state.tip))
     run.state = state
     run_setup(run)
     learn_folders(run)
@@ -6854,7 +6985,8 @@ def check_command(config: Config, options: Options, terminal: Terminal, watch: W
             gate.fail(name, text)
     terminal.say(gate.table())
     failed = sum(row.state == "FAILED" for row in gate.rows)
-    terminal.say(f"refused: {failed} conditions do not hold" if failed else "the gate is passed")
+    terminal.say(f"refused: {counted(failed, 'condition', 'does do')} not hold" if failed
+                 else "the gate is passed")
     return Refused.exit_code if failed else 0
 
 
@@ -6869,8 +7001,11 @@ def read_state(config: Config) -> Tuple[State, Record]:
 def status_command(config: Config, options: Options, terminal: Terminal, watch: Watch) -> int:
     """Say where a run stands."""
     state, last = read_state(config)
+    under_way = ("running", "a loop is at work") \
+        if is_locked(os.path.join(config.state_folder, "lock")) \
+        else ("cut off", "start again to go on")
     terminal.say(format_summary(config, state, last["hash"], last["seq"] + 1,
-                                state.stopped or "not stopped", ""))
+                                *((state.stopped,) if state.stopped else under_way)))
     return 0
 
 
@@ -6885,6 +7020,8 @@ def prompt_command(config: Config, options: Options, terminal: Terminal, watch: 
         except OSError as error:
             raise Refused(f"program: {config.loop.program} can't be read ({error.strerror}); "
                           "create and commit it") from None
+    if state.baseline is None:
+        complain(terminal, "the baseline is not measured yet: the first prompt will hold it", 0)
     terminal.say(build_prompt(config, state, goal).rstrip("\n"))
     return 0
 
@@ -6926,8 +7063,14 @@ def parse_arguments(arguments: Sequence[str]) -> Tuple[str, str, Options]:
         if value and command != wanted:
             where = "a run" if wanted == "run" else wanted
             raise Refused(f"{flag}: goes with {where}, not with {command}; leave it out")
+    if flags["more"] and flags["new"]:
+        raise Refused("--more: goes on with the run that is there, so not with --new; set [loop] "
+                      "iterations")
     if words[0] in COMMANDS and not os.path.exists(words[0]):
         raise Refused(f"{words[0]}: of which loop.ini? (python scalarloop.py {words[0]} loop.ini)")
+    if not os.path.exists(words[0]) and not words[0].endswith((".ini", ".cfg")):
+        raise Refused(f"{printable(words[0]) or repr('')}: neither a command nor a file (commands: "
+                      f"{', '.join(COMMANDS)}; see --help)")
     return command, words[0], Options(**flags)  # type: ignore[arg-type]
 
 

@@ -691,8 +691,8 @@ def fuzz(folder: Path, seed: int, count: int) -> None:
         except ConfigError as error:
             outcomes["refused"] += 1
             lines = str(error).split("\n")
-            assert all(re.match(r"loop\.ini: .", line) and line.isprintable() for line in lines), \
-                (data, lines)
+            assert len(lines) <= 21 and all(line.isprintable() and re.match(
+                r"loop\.ini: .|\.\.\. and \d+ more$", line) for line in lines), (data, lines)
         except BaseException as error:
             raise AssertionError(f"seed {seed}, text {number}: {error!r} from {data!r}") from error
         else:

@@ -80,7 +80,8 @@ def checked(project: Project, env: Optional[Dict[str, str]] = None) -> Tuple[int
     rows = [line for line in result.out.splitlines() if not line.startswith("    | ")]
     failed = {row.split("FAILED")[0].strip(): row.split("FAILED")[1].strip()
               for row in rows if "FAILED" in row}
-    assert rows[-1] == (f"refused: {sum('FAILED' in row for row in rows)} conditions do not hold"
+    count = sum("FAILED" in row for row in rows)
+    assert rows[-1] == (f"refused: {count} condition{'s do' if count > 1 else ' does'} not hold"
                         if failed else "the gate is passed"), result
     return result.code, failed
 
@@ -233,7 +234,7 @@ def the_branch_is_above_another(project: Project) -> Case:
 
 def a_record_without_its_state(project: Project) -> Case:
     project.git("update-ref", "refs/scalarloop/t/ledger", "HEAD")
-    return "record", "refs/scalarloop/t/ledger", "[loop] name"
+    return "record", "refs/scalarloop/t/ledger", "--new"
 
 
 def metric(text: str, *words: str, **keys: str) -> Callable[[Project], Case]:
@@ -534,7 +535,9 @@ def test_a_protected_branch_is_refused(project: Project, branch: str) -> None:
     (["loop.ini", "--replay"], ["--replay", "verify"]),
     (["check", "loop.ini", "--more", "3"], ["--more", "run"]),
     (["verify", "loop.ini", "--new"], ["--new", "run"]),
-    ([""], ["can't be read"]),
+    ([""], ["neither a command nor a file"]),
+    (["help"], ["help: neither a command nor a file", "verify", "--help"]),
+    (["loop.ini", "--new", "--more", "3"], ["--more", "--new", "[loop] iterations"]),
     (["--\x1b[2J\n", "loop.ini"], ["unknown option"]),
 ])
 def test_a_command_line_that_makes_no_sense(project: Project, args: List[str], words: List[str]

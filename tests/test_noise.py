@@ -1,6 +1,8 @@
 """Noisy and broken metrics through the command line: what is kept, what it cost, what is said."""
 from __future__ import annotations
 
+import statistics
+
 import pytest
 from conftest import Project
 
@@ -55,7 +57,12 @@ def test_a_true_gain_is_kept_with_its_evidence_and_measured_anew_at_the_end(
     stop = project.ledger()[-1]
     assert len(stop["closing"]["pairs"]) >= 5
     assert stop["closing"]["gain"] == pytest.approx(0.6, abs=0.1)
-    assert "fresh pairs of baseline and best" in result.out
+    first, last = (statistics.median(runs) for runs in zip(*stop["closing"]["pairs"]))
+    assert f"value      {first:.6g} -> {last:.6g} " in result.out, result
+    assert "fresh pairs" in result.out and "gain       0.6" in result.out.replace("0.59", "0.6")
+    subject = project.git("log", "-1", "--format=%s", "scalarloop/t")
+    rivals = [first for first, _ in keeps[-1]["samples"]["pairs"]]
+    assert f" {statistics.median(rivals):.6g} -> {keeps[-1]['value']:.6g} (" in subject
 
 
 def test_an_exact_metric_costs_one_run_a_drop_and_three_a_keep(project: Project) -> None:
