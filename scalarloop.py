@@ -208,28 +208,21 @@ class Reason(str, enum.Enum):
     MACHINE = "machine.failed"
 
 
-def _verdicts() -> Dict[Reason, Verdict]:
-    """Return the one verdict of each reason; a reason without a row of its own is a violation."""
-    table = {reason: Verdict.VIOLATION for reason in Reason}
-    rows = {
-        Verdict.KEEP: (Reason.BETTER, Reason.UNPROVEN, Reason.SIMPLER),
-        Verdict.DISCARD: (Reason.NOT_BETTER, Reason.REPEATED, Reason.NOISE_NOT_BETTER,
-                          Reason.NOISE_LOST, Reason.NOISE_UNDECIDED, Reason.NOISE_FAILED,
-                          Reason.NOISE_UNCONFIRMED, Reason.IMPLAUSIBLE),
-        Verdict.GUARD_FAILED: (Reason.GUARD_EXIT, Reason.GUARD_WORSE),
-        Verdict.CRASH: (Reason.METRIC_EXIT, Reason.METRIC_MISSING, Reason.METRIC_MALFORMED,
-                        Reason.METRIC_NOT_FINITE, Reason.METRIC_NO_OUTPUT),
-        Verdict.TIMEOUT: (Reason.METRIC_TIMEOUT, Reason.GUARD_TIMEOUT),
-        Verdict.NO_CHANGE: (Reason.UNCHANGED,),
-        Verdict.GIVE_UP: (Reason.GAVE_UP,),
-        Verdict.AGENT_FAILED: (Reason.AGENT_EXIT, Reason.AGENT_TIMEOUT),
-        Verdict.VOID: (Reason.STORE, Reason.MACHINE),
-    }
-    table.update({reason: verdict for verdict, reasons in rows.items() for reason in reasons})
-    return table
-
-
-VERDICT_OF = _verdicts()
+VERDICT_OF: Dict[Reason, Verdict] = {
+    **dict.fromkeys(Reason, Verdict.VIOLATION),     # of every reason without a row of its own
+    **dict.fromkeys((Reason.BETTER, Reason.UNPROVEN, Reason.SIMPLER), Verdict.KEEP),
+    **dict.fromkeys((Reason.NOT_BETTER, Reason.REPEATED, Reason.NOISE_NOT_BETTER,
+                     Reason.NOISE_LOST, Reason.NOISE_UNDECIDED, Reason.NOISE_FAILED,
+                     Reason.NOISE_UNCONFIRMED, Reason.IMPLAUSIBLE), Verdict.DISCARD),
+    **dict.fromkeys((Reason.GUARD_EXIT, Reason.GUARD_WORSE), Verdict.GUARD_FAILED),
+    **dict.fromkeys((Reason.METRIC_EXIT, Reason.METRIC_MISSING, Reason.METRIC_MALFORMED,
+                     Reason.METRIC_NOT_FINITE, Reason.METRIC_NO_OUTPUT), Verdict.CRASH),
+    **dict.fromkeys((Reason.METRIC_TIMEOUT, Reason.GUARD_TIMEOUT), Verdict.TIMEOUT),
+    Reason.UNCHANGED: Verdict.NO_CHANGE,
+    Reason.GAVE_UP: Verdict.GIVE_UP,
+    **dict.fromkeys((Reason.AGENT_EXIT, Reason.AGENT_TIMEOUT), Verdict.AGENT_FAILED),
+    **dict.fromkeys((Reason.STORE, Reason.MACHINE), Verdict.VOID),
+}
 
 
 # ══ config ═══════════════════════════════════════════════════════════════════════════════════════
@@ -422,13 +415,11 @@ def parse_pattern(text: str) -> str:
 
 def parse_branch(text: str) -> str:
     """Accept a branch name that git accepts and that no team calls its own."""
-    if not text:
-        raise ValueError("a valid branch name")
     protected = ("main", "master", "trunk", "develop", "HEAD")
     if text in protected or text.startswith(("release/", "refs/", "-")):
         raise ValueError("a branch of its own; main, master, trunk, develop and release/* are "
                          "protected")
-    if re.search(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|^\.|/$|\.$|\.lock(/|$)|^/|^@$", text):
+    if re.search(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|^\.|/$|\.$|\.lock(/|$)|^/|^@?$", text):
         raise ValueError("a valid branch name")
     return text
 
@@ -455,14 +446,21 @@ def key(parse: Callable[[str], Any], default: Any = None, limit: bool = False) -
 
 
 LEVELS = ("portable", "external", "landlock", "namespaces")
-FACTS = ("files_sealed", "modes_sealed", "loop_protected", "secrets_hidden", "sockets_off",
-         "daemons_killed", "network_off", "usable")
+FACTS = {    # what the witnesses look for, in words
+    "files_sealed": "nothing outside its own folders can be written",
+    "modes_sealed": "nor modes and times changed there",
+    "loop_protected": "the loop can't be signalled, limited or traced",
+    "secrets_hidden": "state folder, key and holdout can't be read",
+    "sockets_off": "services on unix sockets can't be reached",
+    "daemons_killed": "what it leaves running is dead when the turn ends",
+    "network_off": "the network is off for the metric",
+    "usable": "honest work succeeds"}
 
 
 def parse_requirement(text: str) -> Tuple[str, ...]:
     """Accept one level, or facts that the witnesses must have seen."""
     words = tuple(text.replace(",", " ").split())
-    if not words or not all(word in FACTS + LEVELS for word in words):
+    if not words or not all(word in (*FACTS, *LEVELS) for word in words):
         raise ValueError("a level (" + ", ".join(LEVELS) + ") or facts (" + ", ".join(FACTS) + ")")
     return words
 
@@ -704,7 +702,6 @@ def known_keys(section: str) -> Tuple[str, ...]:
     return tuple(f.name for f in fields(schema) if f.metadata) if schema else ()
 
 
-
 def build_config(path: str, digest: str, sections: Dict[str, Dict[str, str]]) -> Config:
     """Turn the sections of a file into a Config; raise ConfigError with every problem at once."""
     problems: List[str] = []
@@ -839,8 +836,7 @@ def changed_keys(old: Dict[str, Dict[str, Any]], new: Dict[str, Dict[str, Any]]
     limits, others = [], []
     for section in sorted(set(old) | set(new)):
         schema = SECTIONS.get(section)
-        free = {f.name for f in fields(schema) if f.metadata.get("limit")} \
-            if schema else set()
+        free = {f.name for f in fields(schema) if f.metadata.get("limit")} if schema else set()
         before, after = old.get(section, {}), new.get(section, {})
         for name in sorted(set(before) | set(after)):
             if before.get(name) != after.get(name):
@@ -1094,7 +1090,7 @@ def run_program(argv: Sequence[str], *, cwd: str, env: Dict[str, str],
         _signal_group(process, signal.SIGKILL)
         status = process.wait()
         if sweep:
-            sweep_descendants(set())
+            sweep_descendants()
         _drain(sinks)
         for pipe in (process.stdout, process.stderr):
             if pipe:
@@ -1293,9 +1289,9 @@ NUMBERS = {
     "x86_64": (0xC000003E, 317, 302, 141, 251, 142, 144, 203, 314, 248, 249, 250, 41, 425),
     "aarch64": (0xC00000B7, 277, 261, 140, 30, 118, 119, 122, 274, 217, 218, 219, 198, 425)}
 ALLOW, EPERM, ENOSYS = 0x7fff0000, 0x50001, 0x50026
-policy = {"write": [], "hide": [], "bind": [], "onto": [], "without": []}
+DENY = [(6, 0, 0, EPERM)]
+policy = {"write": [], "hide": []}
 step = "policy"                       # what a failure is blamed on
-
 
 def call(name, *args):
     """Call a function of libc; its -1 becomes an OSError."""
@@ -1305,13 +1301,10 @@ def call(name, *args):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return got
 
-
-def on(layer):
-    """Begin a layer; False only where a test's hook leaves it out."""
+def begin(layer):
+    """Name what a failure is blamed on from here on."""
     global step
     step = layer
-    return os.fsencode(layer) not in policy["without"]
-
 
 def mode_of(path):
     """Return a path's mode without following it, 0 where it can't be had."""
@@ -1320,7 +1313,6 @@ def mode_of(path):
     except OSError:
         return 0
 
-
 def entries_in(folder):
     """List a folder, as nothing where it can't be read."""
     try:
@@ -1328,20 +1320,16 @@ def entries_in(folder):
     except OSError:
         return []
 
-
 def paths_in(folder):
     return [entry.path for entry in entries_in(folder)]
 
-
 def inside(path, folders):
     return any(path == folder or path.startswith(folder.rstrip(b"/") + b"/") for folder in folders)
-
 
 def raw_disks():
     """List the block devices that this user may open: they hold every hidden file's bytes."""
     return [path for folder in (b"/dev", b"/dev/mapper") for path in paths_in(folder)
             if stat.S_ISBLK(mode_of(path)) and os.access(path, os.R_OK)]
-
 
 def unix_sockets():
     """List the socket files that the kernel's tables name or that lie in /run and /tmp."""
@@ -1360,26 +1348,23 @@ def unix_sockets():
     return sorted(path for path in found if path.startswith(b"/")
                   and stat.S_ISSOCK(mode_of(path)) and not inside(path, policy["write"]))
 
-
 def die_with_parent():
     call("prctl", 1, 9, 0, 0, 0)                      # PR_SET_PDEATHSIG, SIGKILL
 
-
 def drop_capabilities():
     """Drop every capability; NO_NEW_PRIVS keeps an exec by root from getting them back."""
+    begin("caps")
     call("prctl", 47, 4, 0, 0, 0)                     # PR_CAP_AMBIENT, CLEAR_ALL
     call("capset", struct.pack("=Ii", 0x20080522, 0), bytes(24))
 
-
 def enter_namespaces():
     """Return in process 2 of new namespaces; processes 0 (outside) and 1 wait, and never return."""
-    sockets = unix_sockets() if on("sockets") else []
-    disks = raw_disks() if on("disks") else []
-    flags = NEWNS | NEWIPC | (NEWPID if on("pid") else 0)
-    flags |= NEWNET if policy["network"] == [b"deny"] and on("net") else 0
+    begin("sockets")
+    reachable = unix_sockets() + raw_disks()
+    flags = NEWNS | NEWIPC | NEWPID | (NEWNET if policy["network"] == [b"deny"] else 0)
     unshare(flags)
     kept = signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))   # the wait outlives a TERM
-    on("init")
+    begin("init")
     reader, writer = os.pipe()
     first = os.fork()
     if first:
@@ -1389,19 +1374,18 @@ def enter_namespaces():
     os.close(reader)
     die_with_parent()
     os.write(writer, b"+")            # fails if the parent died before it could take us along
-    if flags & NEWNET and on("loopback"):
+    if flags & NEWNET:
         raise_loopback()
-    build_mounts(sockets + disks)
+    build_mounts(reachable)
     second = os.fork()
     if second:
         retire()
         reap(second, writer)
     signal.pthread_sigmask(signal.SIG_SETMASK, kept)
 
-
 def unshare(flags):
     """Enter new namespaces; only root can do without a user namespace, and not every root."""
-    on("unshare")
+    begin("unshare")
     uid, gid = os.geteuid(), os.getegid()
     if uid == 0 and libc.unshare(flags) == 0:
         return
@@ -1412,12 +1396,10 @@ def unshare(flags):
         with open("/proc/self/" + name, "w") as file:
             file.write(text)
 
-
 def retire():
     """Make a waiting process as powerless and as unreadable as may be."""
     drop_capabilities()
     call("prctl", 4, 0, 0, 0, 0)                      # PR_SET_DUMPABLE
-
 
 def reap(target, writer):
     """Be process 1: bury orphans, report the target's status, and take everything along."""
@@ -1426,7 +1408,6 @@ def reap(target, writer):
         if pid == target:
             os.write(writer, status.to_bytes(4, "little"))
             os._exit(0)
-
 
 def mirror(first, reader):
     """End as the target ended; never as a success that process 1 didn't report."""
@@ -1444,47 +1425,35 @@ def mirror(first, reader):
         os._exit(128 + number)
     os._exit(os.WEXITSTATUS(status))
 
-
 def raise_loopback():
     """Bring up lo, so that a server on localhost works in a network of its own."""
+    begin("loopback")
     sock = call("socket", 2, 2, 0)
     call("ioctl", sock, 0x8914, struct.pack("=16sh22x", b"lo", 1))      # SIOCSIFFLAGS, IFF_UP
     os.close(sock)
 
-
 def mount(source, target, kind=None, flags=0, data=None):
-    global step
-    step = "mount " + os.fsdecode(target)
+    begin("mount " + os.fsdecode(target))
     call("mount", source, target, kind, flags, data)
 
-
 def set_flags(path, add, remove=0, recursive=0):
-    global step
-    step = "mount_setattr " + os.fsdecode(path)
+    begin("mount_setattr " + os.fsdecode(path))
     call("syscall", 442, -100, path, recursive, struct.pack("=4Q", add, remove, 0, 0), 32)
-
 
 def build_mounts(reachable):
     """Read-only everywhere but in the writable paths; what is hidden or reachable is covered."""
     cwd = os.getcwdb()
     mount(None, b"/", None, REC | PRIVATE)
-    on("paths")
+    begin("paths")
     writable = [(os.open(path, os.O_PATH), path) for path in policy["write"]]
-    shared = [(os.open(path, os.O_PATH), onto) for path, onto
-              in zip(policy["bind"], policy["onto"])]
-    if on("readonly"):
-        set_flags(b"/", RDONLY, recursive=0x8000)     # AT_RECURSIVE
-    if on("proc"):
-        mount(b"proc", b"/proc", b"proc", NOSUID | NODEV | NOEXEC | RDONLY)
+    set_flags(b"/", RDONLY, recursive=0x8000)         # AT_RECURSIVE
+    mount(b"proc", b"/proc", b"proc", NOSUID | NODEV | NOEXEC | RDONLY)
     blanks = make_blanks()
     make_private()
     for fd, path in writable:
         place(fd, path)
         set_flags(path, 0, RDONLY)
-    for fd, path in shared:
-        place(fd, path)
-        set_flags(path, RDONLY, recursive=0x8000)
-    for path in policy["hide"] if on("hide") else ():
+    for path in policy["hide"]:
         cover(path, blanks)
     for path in reachable:
         try:
@@ -1492,7 +1461,6 @@ def build_mounts(reachable):
         except FileNotFoundError:                     # gone, or below something covered
             pass
     os.chdir(cwd)                                     # the old one is below the new mounts
-
 
 def make_blanks():
     """Make one folder and one file that nobody can open, to cover others with."""
@@ -1503,23 +1471,19 @@ def make_blanks():
     set_flags(b"/dev/shm", RDONLY)
     return blanks
 
-
 def cover(path, blanks):
     blank = blanks[0 if stat.S_ISDIR(mode_of(path)) else 1]
     mount(b"/proc/self/fd/%d" % blank, path, None, BIND)
 
-
 def make_private():
     """Give the command shared memory, terminals and run-time folders of its own."""
-    if on("shm"):
-        mount(b"tmpfs", b"/dev/shm", b"tmpfs", NOSUID | NODEV, b"mode=1777")
-        if os.path.isdir("/dev/pts"):
-            mount(b"devpts", b"/dev/pts", b"devpts", NOSUID | NOEXEC,
-                  b"newinstance,ptmxmode=0666,mode=0600")
-        for path in paths_in(b"/run/user"):
-            if os.access(path, os.X_OK):
-                mount(b"tmpfs", path, b"tmpfs", NOSUID | NODEV, b"mode=0700")
-
+    mount(b"tmpfs", b"/dev/shm", b"tmpfs", NOSUID | NODEV, b"mode=1777")
+    if os.path.isdir("/dev/pts"):
+        mount(b"devpts", b"/dev/pts", b"devpts", NOSUID | NOEXEC,
+              b"newinstance,ptmxmode=0666,mode=0600")
+    for path in paths_in(b"/run/user"):
+        if os.access(path, os.X_OK):
+            mount(b"tmpfs", path, b"tmpfs", NOSUID | NODEV, b"mode=0700")
 
 def place(fd, path):
     """Bind an open path at its place, which a private folder may have taken away."""
@@ -1529,17 +1493,16 @@ def place(fd, path):
             os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
     mount(b"/proc/self/fd/%d" % fd, path, None, BIND | REC)
 
-
 def landlock(namespaces):
     """Fence the writes, and where no mount hides them the hidden reads, of this process."""
+    begin("landlock")
     abi = libc.syscall(444, None, 0, 1)
     if abi < 1 and namespaces:
         return                                        # the mounts alone fence there
     handled = CHANGES & RIGHTS_BY_ABI.get(abi, 0xffff)
-    hidden = (policy["hide"] + raw_disks()) if not namespaces and on("hide") else []
+    hidden = [] if namespaces else policy["hide"] + raw_disks()
     handled |= READ_FILE if hidden else 0
-    scopes = 3 if abi >= 6 and on("scope") else 0     # signals, abstract sockets
-    on("landlock")
+    scopes = 3 if abi >= 6 else 0                     # signals, abstract sockets
     ruleset = call("syscall", 444, struct.pack("=3Q", handled, 0, scopes), 24 if abi > 5 else 8, 0)
 
     def allow(path, rights, follow=os.O_NOFOLLOW):
@@ -1569,7 +1532,6 @@ def landlock(namespaces):
             pass
     call("syscall", 446, ruleset, 0)
 
-
 def readable(hidden):
     """List what together is everything but `hidden`: the siblings of each path's ancestors."""
     above = set()
@@ -1580,18 +1542,18 @@ def readable(hidden):
     return [path for folder in above for path in paths_in(folder)
             if path not in above and path not in hidden]
 
-
 def seccomp(namespaces):
     """Refuse what neither Landlock nor file modes refuse; `EPERM` is the answer."""
+    begin("seccomp")
     if os.uname().machine not in NUMBERS:
         raise OSError(errno.ENOSYS, "no table of system calls for " + os.uname().machine)
     number = dict(zip(NAMES, NUMBERS[os.uname().machine]))
-    rules = {name: deny() for name in ("add_key", "request_key", "keyctl")}   # outlive a turn
+    rules = {name: DENY for name in ("add_key", "request_key", "keyctl")}   # outlive a turn
     if not namespaces:
         rules.update(spare_the_loop())
-        if policy["network"] == [b"deny"] and on("net"):
+        if policy["network"] == [b"deny"]:
             rules["socket"] = only(0, [1, 16])        # AF_UNIX, AF_NETLINK
-            rules["io_uring_setup"] = deny()          # opens sockets unseen
+            rules["io_uring_setup"] = DENY            # opens sockets unseen
     program = [(0x20, 0, 0, 4), (0x15, 1, 0, number["arch"]), (6, 0, 0, ENOSYS),
                (0x20, 0, 0, 0), (0x35, 0, 1, 0x40000000), (6, 0, 0, ENOSYS)]     # no x32
     for name, body in rules.items():
@@ -1600,7 +1562,6 @@ def seccomp(namespaces):
     code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in program))
     filters = struct.pack("@HP", len(program), ctypes.addressof(code))
     call("syscall", number["seccomp"], 1, 4, filters)     # SPEC_ALLOW: no slower than without
-
 
 def spare_the_loop():
     """Limits, priority and affinity of the loop decide how the next measurement runs."""
@@ -1612,20 +1573,13 @@ def spare_the_loop():
     rules["ioprio_set"] = only(0, [1]) + only(1, [0])
     return rules
 
-
-def deny():
-    return [(6, 0, 0, EPERM)]
-
-
 def only(arg, values):
     tests = [(0x15, len(values) - at, 0, value) for at, value in enumerate(values)]
-    return [(0x20, 0, 0, 16 + 8 * arg)] + tests + deny()
-
+    return [(0x20, 0, 0, 16 + 8 * arg)] + tests + DENY
 
 def never(arg, values):
-    tests = [line for value in values for line in [(0x15, 0, 1, value)] + deny()]
+    tests = [line for value in values for line in [(0x15, 0, 1, value)] + DENY]
     return [(0x20, 0, 0, 16 + 8 * arg)] + tests
-
 
 def fail(code, text):
     line = ("scalarloop fence: " + text).encode("utf-8", "replace").replace(b"\n", b" ")
@@ -1633,7 +1587,6 @@ def fail(code, text):
         os.write(int(policy["report"][0]), line + b"\n")
     finally:
         os._exit(code)
-
 
 def fence():
     """Apply the policy to this process; return the command and its environment."""
@@ -1646,8 +1599,8 @@ def fence():
     if int(policy["report"][0]) > 2:
         os.set_inheritable(int(policy["report"][0]), False)
     namespaces = policy["level"] == [b"namespaces"]
-    if on("death"):
-        die_with_parent()
+    begin("death")
+    die_with_parent()
     if os.getppid() != int(policy["parent"][0]):
         raise OSError(errno.ESRCH, "the loop is gone")
     call("prctl", 38, 1, 0, 0, 0)                     # PR_SET_NO_NEW_PRIVS
@@ -1659,16 +1612,12 @@ def fence():
         pass
     if namespaces:
         enter_namespaces()
-    if on("caps"):
-        drop_capabilities()
-    if on("landlock"):
-        landlock(namespaces)
-    if on("seccomp"):
-        seccomp(namespaces)
+    drop_capabilities()
+    landlock(namespaces)
+    seccomp(namespaces)
     for number in (signal.SIGPIPE, signal.SIGXFSZ):   # Python ignores them; exec would keep that
         signal.signal(number, signal.SIG_DFL)
     return [os.fsencode(word) for word in words], {name: value for name, _, value in pairs}
-
 
 try:
     argv, environment = fence()
@@ -1694,22 +1643,17 @@ class Fence:
     level: str = "portable"
     writable: Tuple[str, ...] = ()    # workspace or cleanroom, TMPDIR; /dev/shm goes by itself
     hidden: Tuple[str, ...] = ()      # files and folders that it can't read
-    read_only: Tuple[Tuple[str, str], ...] = ()   # (source, place): binds, `namespaces` only
     network: bool = True
-    without: FrozenSet[str] = frozenset()         # tests only: layers to leave out
 
     def __post_init__(self) -> None:
         """Refuse a fence that its level can't put up, or whose paths undo one another."""
         if self.level not in LEVELS:
             raise ValueError(f"isolation level {self.level!r} (expected one of {LEVELS})")
-        if self.read_only and self.level != "namespaces":
-            raise ValueError(f"read-only binds at level {self.level} (only namespaces has them)")
-        shown = [*self.writable, *(path for pair in self.read_only for path in pair)]
-        for path, hidden in ((path, hidden) for path in shown for hidden in self.hidden):
+        for path, hidden in ((path, hidden) for path in self.writable for hidden in self.hidden):
             real, secret = os.path.realpath(path), os.path.realpath(hidden)
             if beneath(real, secret):
                 raise ValueError(f"{path} lies inside {hidden}, which is hidden")
-            if beneath(secret, real) and (self.level == "landlock" or path not in self.writable):
+            if beneath(secret, real) and self.level == "landlock":
                 raise ValueError(f"{hidden} can't be hidden inside {path} at level {self.level}")
 
 
@@ -1724,7 +1668,7 @@ def fence_argv(fence: Fence, argv: Sequence[str], report: int = 2) -> List[str]:
     policy = [f"level={fence.level}", f"parent={os.getpid()}", f"report={report}",
               f"network={'allow' if fence.network else 'deny'}"]
     real = os.path.realpath
-    for path in [*fence.writable, *(place for _, place in fence.read_only)]:
+    for path in fence.writable:
         for folder in fence.writable:   # a link planted by one turn would name what the next gets
             if beneath(path, folder) and not beneath(real(path), real(folder)):
                 raise ValueError(f"{path} is a link to {real(path)}, out of the writable {folder}")
@@ -1732,9 +1676,6 @@ def fence_argv(fence: Fence, argv: Sequence[str], report: int = 2) -> List[str]:
     hidden = sorted(set(map(real, fence.hidden)))
     policy += [f"hide={path}" for path in hidden
                if not any(beneath(path, other) for other in hidden if other != path)]
-    for source, place in fence.read_only:
-        policy += [f"bind={real(source)}", f"onto={real(place)}"]
-    policy += [f"without={layer}" for layer in sorted(fence.without)]
     return [*PYTHON, LAUNCHER, *policy, "--", *argv]
 
 
@@ -1781,24 +1722,24 @@ def child_pids(pid: int) -> Set[int]:
     return found
 
 
-def sweep_descendants(spare: Set[int], seconds: float = 10.0) -> Set[int]:
-    """Kill and reap until this process has no descendant but `spare` and theirs (Linux).
+def sweep_descendants() -> Set[int]:
+    """Kill and reap until this process has no descendant (Linux), for 10 seconds at most.
 
-    Needs `harden_self` before the command ran; call it when the command itself has been waited
-    for, and with every other live child in `spare`. Returns who survived, such as a set-uid child.
+    Needs `harden_self` before the command ran, and that the command itself has been waited for.
+    Returns who survived, such as a set-uid child.
     """
     if sys.platform != "linux":
         return set()
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + 10.0
     while True:
-        doomed = child_pids(os.getpid()) - spare
+        doomed = child_pids(os.getpid())
         if not doomed or time.monotonic() > deadline:
             return doomed
         family = list(doomed)
         for pid in family:   # grows while it is walked: parents first, so that fewer are born
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
-            family.extend(child_pids(pid) - spare)
+            family.extend(child_pids(pid))
         buried = [pid for pid in doomed if reaped(pid)]
         if not buried:
             time.sleep(0.001)
@@ -1819,15 +1760,15 @@ UNREACHED = "unreached"   # seen from outside, by the loop: nothing came through
 
 # Prints `fact act errno` per act. It does no harm where an act succeeds.
 WITNESS = r'''
-import ctypes, errno, os, resource, signal, socket, stat, sys, time
+import ctypes, errno, json, os, resource, signal, socket, stat, sys, time
 
-words = [word.partition("=") for word in sys.argv[1:]]
-given = {key: value for key, _, value in words}
-bait, work, loop = given["bait"], given["work"], int(given["loop"])
-libc = ctypes.CDLL(None, use_errno=True)
+given = json.loads(sys.argv[1])
+bait, work, loop = given["bait"], given["work"], given["loop"]
+file, folder, inner = bait + "/file", bait + "/folder", work + "/inner"
+space = "/proc/self/ns/pid"
+APPEND, CREATE = os.O_WRONLY | os.O_APPEND, os.O_WRONLY | os.O_CREAT | os.O_EXCL
 
-
-def act(fact, name, function, *args):
+def attempt(fact, name, function, *args):
     try:
         function(*args)
         seen = "ok"
@@ -1837,52 +1778,40 @@ def act(fact, name, function, *args):
         return                # no proof of a fence: the loop saw whether it came through
     except OSError as error:
         seen = errno.errorcode.get(error.errno, str(error.errno))
-    if seen == "ok" and fact == "loop_protected" and other_process():
-        seen = "ESRCH"        # this PID namespace gave the loop's number to somebody else
+    if seen == "ok" and fact == "loop_protected" and os.path.lexists(space) \
+            and os.readlink(space) != given["space"]:
+        seen = "ESRCH"        # in this PID namespace the loop's number is somebody else's
     print(fact, name, seen, flush=True)
-
-
-def other_process():
-    try:
-        with open("/proc/%d/stat" % loop) as file:
-            return file.read().rsplit(")", 1)[1].split()[19] != given["started"]
-    except OSError:
-        return False
-
 
 def peek():
     """Read the loop's memory at address 0: EFAULT means that only the address was wrong."""
     here, there = ctypes.create_string_buffer(8), (ctypes.c_size_t * 2)(0, 8)
     ours = (ctypes.c_size_t * 2)(ctypes.addressof(here), 8)
-    if libc.process_vm_readv(loop, ours, 1, there, 1, 0) < 0:
+    if ctypes.CDLL(None, use_errno=True).process_vm_readv(loop, ours, 1, there, 1, 0) < 0:
         if ctypes.get_errno() != errno.EFAULT:
             raise OSError(ctypes.get_errno(), "process_vm_readv")
 
+def opened(path, flags):
+    os.close(os.open(path, flags, 0o600))
 
-def opened(path, flags, mode=0o600):
-    os.close(os.open(path, flags, mode))
+def write(path):
+    """Show that a path can be written, and leave no trace."""
+    if not os.path.isdir(path):
+        return opened(path, APPEND)
+    os.mkdir(path + "/.scalarloop-witness")
+    os.rmdir(path + "/.scalarloop-witness")
 
-
-def attempt_folder(path):
-    name = os.path.join(path, ".scalarloop-witness")
-    os.mkdir(name)
-    os.rmdir(name)
-
-
-def reach(kind, family, address):
+def reach(family, address, kind=socket.SOCK_STREAM):
     with socket.socket(family, kind) as client:
         client.settimeout(2)
-        client.connect(address)
-
+        client.connect(tuple(address) if family == socket.AF_INET else address)
 
 def serve():
-    with socket.socket() as server, socket.socket() as client:
+    with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen(1)
-        client.settimeout(2)
-        client.connect(server.getsockname())
+        reach(socket.AF_INET, server.getsockname())
         server.accept()[0].close()
-
 
 def raise_child():
     child = os.fork()
@@ -1892,82 +1821,67 @@ def raise_child():
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
 
-
 def own_proc():
     if os.path.isdir("/proc/self") and os.readlink("/proc/self") != str(os.getpid()):
         raise ProcessLookupError(errno.ESRCH, "/proc is another PID namespace's")
 
-
-def start_daemon(path):
+def leave_daemon(path):
     """Leave a twice-forked writer behind, and see its first beat; it ends by itself in 3 s."""
+    reader, writer = os.pipe()
     if os.fork():
-        os.wait()
-        end = time.monotonic() + 2
-        while not os.path.exists(path) and time.monotonic() < end:
-            time.sleep(0.002)
+        os.close(writer)
+        os.read(reader, 1)
         return
     os.setsid()
     if os.fork():
         os._exit(0)
-    null = os.open("/dev/null", os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    beat = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
+    beat = os.open(path, CREATE, 0o600)
     for _ in range(600):
         os.write(beat, b".")
+        os.write(writer, b".")          # its own copy of `reader` keeps this from failing
         time.sleep(0.005)
     os._exit(0)
 
-
-file, folder = os.path.join(bait, "file"), os.path.join(bait, "folder")
-inner = os.path.join(work, "inner")
-opened(inner, os.O_CREAT | os.O_WRONLY)
-append = os.O_WRONLY | os.O_APPEND
-for name, function, *args in (
-        ("append", opened, file, append), ("truncate", os.truncate, file, 0),
-        ("create", opened, bait + "/new", os.O_CREAT | os.O_EXCL | os.O_WRONLY),
-        ("mkdir", os.mkdir, bait + "/made"), ("rename", os.rename, file, bait + "/moved"),
-        ("move-in", os.rename, inner, bait + "/in"), ("link", os.link, file, work + "/link"),
-        ("symlink", os.symlink, "x", bait + "/sym"), ("unlink", os.unlink, file),
-        ("rmdir", os.rmdir, folder), ("chroot", os.chroot, "/")):   # a capability, harmless
-    act("files_sealed", name, function, *args)
-for path in (path for key, _, path in words if key == "sealed"):
-    test = (attempt_folder, path) if os.path.isdir(path) else (opened, path, append)
-    act("files_sealed", "real-path", *test)
-act("modes_sealed", "chmod", os.chmod, bait, 0o700)
-act("modes_sealed", "utime", os.utime, bait)
-act("loop_protected", "kill", os.kill, loop, 0)
-act("loop_protected", "prlimit", lambda: resource.prlimit(
-    loop, resource.RLIMIT_CORE, resource.prlimit(loop, resource.RLIMIT_CORE)))
-act("loop_protected", "memory", peek)         # the same check as ptrace, which would stop it
-act("loop_protected", "nice", lambda: os.setpriority(0, loop, os.getpriority(0, loop)))
-act("loop_protected", "affinity", lambda: os.sched_setaffinity(loop, os.sched_getaffinity(loop)))
-if "secret" in given:
-    act("secrets_hidden", "read", opened, given["secret"], os.O_RDONLY)
-if "socket" in given:
-    act("sockets_off", "path", reach, socket.SOCK_STREAM, socket.AF_UNIX, given["socket"])
-    act("sockets_off", "abstract", reach, socket.SOCK_STREAM, socket.AF_UNIX,
-        "\0" + given["abstract"])
-for path in (path for key, _, path in words if key == "hidden"):
-    act("secrets_hidden", "read-real", opened, path, os.O_RDONLY)
-for path in (os.path.join("/dev", name) for name in os.listdir("/dev")):
-    if stat.S_ISBLK(os.lstat(path).st_mode):
-        act("secrets_hidden", "disk", opened, path, os.O_RDONLY)
-if "port" in given:
-    act("network_off", "udp", reach, socket.SOCK_DGRAM, socket.AF_INET, ("192.0.2.1", 9))
-    act("network_off", "localhost", reach, socket.SOCK_STREAM, socket.AF_INET,
-        ("127.0.0.1", int(given["port"])))
-for path in (path for key, _, path in words if key == "writable"):
-    act("usable", "write", *((attempt_folder, path) if os.path.isdir(path)
-                             else (opened, path, append)))
-act("usable", "null", opened, "/dev/null", os.O_RDWR)
+opened(inner, CREATE)
+for row in [
+        ("files_sealed", "append", opened, file, APPEND),
+        ("files_sealed", "truncate", os.truncate, file, 0),
+        ("files_sealed", "create", opened, bait + "/new", CREATE),
+        ("files_sealed", "mkdir", os.mkdir, bait + "/made"),
+        ("files_sealed", "rename", os.rename, file, bait + "/moved"),
+        ("files_sealed", "move-in", os.rename, inner, bait + "/in"),
+        ("files_sealed", "link", os.link, file, work + "/link"),
+        ("files_sealed", "symlink", os.symlink, "x", bait + "/sym"),
+        ("files_sealed", "unlink", os.unlink, file),
+        ("files_sealed", "rmdir", os.rmdir, folder),
+        ("files_sealed", "chroot", os.chroot, "/"),     # a capability, harmless
+        *(("files_sealed", "real-path", write, path) for path in given["sealed"]),
+        ("modes_sealed", "chmod", os.chmod, bait, 0o700),
+        ("modes_sealed", "utime", os.utime, bait),
+        ("loop_protected", "kill", os.kill, loop, 0),
+        ("loop_protected", "prlimit", lambda: resource.prlimit(
+            loop, resource.RLIMIT_CORE, resource.prlimit(loop, resource.RLIMIT_CORE))),
+        ("loop_protected", "memory", peek),     # the same check as ptrace, which would stop it
+        ("loop_protected", "nice", lambda: os.setpriority(0, loop, os.getpriority(0, loop))),
+        ("loop_protected", "affinity",
+         lambda: os.sched_setaffinity(loop, os.sched_getaffinity(loop))),
+        ("secrets_hidden", "read", opened, given["secret"], os.O_RDONLY),
+        *(("secrets_hidden", "read-real", opened, path, os.O_RDONLY) for path in sys.argv[2:]),
+        *(("secrets_hidden", "disk", opened, entry.path, os.O_RDONLY) for entry
+          in os.scandir("/dev") if stat.S_ISBLK(os.lstat(entry.path).st_mode)),
+        *((fact, name, reach, *server) for fact, name, *server in given["servers"]),
+        *(("usable", "write", write, path) for path in given["writable"]),
+        ("usable", "null", opened, "/dev/null", os.O_RDWR),
+        ("usable", "children", raise_child),
+        ("usable", "proc", own_proc)]:
+    attempt(*row)
 if os.path.isdir("/dev/shm"):
-    act("usable", "shm", attempt_folder, "/dev/shm")
-act("usable", "children", raise_child)
-act("usable", "proc", own_proc)
-if given["serve"] == "yes":
-    act("usable", "localhost", serve)
-start_daemon(os.path.join(work, "beat"))
+    attempt("usable", "shm", write, "/dev/shm")
+if given["serve"]:
+    attempt("usable", "localhost", serve)
+if not given["network"]:
+    attempt("network_off", "udp", reach, socket.AF_INET, ("192.0.2.1", 9), socket.SOCK_DGRAM)
+leave_daemon(work + "/beat")
 '''
 
 
@@ -1978,17 +1892,7 @@ class Fact:
     seen: str = ""
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What the witnesses found inside a fence; a fact without evidence is `unknown`."""
-    files_sealed: Fact = Fact()     # nothing outside the writable paths can be written
-    modes_sealed: Fact = Fact()     # ... nor its modes and times changed
-    loop_protected: Fact = Fact()   # no signal, limit, trace, priority or affinity on the loop
-    secrets_hidden: Fact = Fact()   # hidden paths can't be read
-    sockets_off: Fact = Fact()      # services on unix sockets can't be reached
-    daemons_killed: Fact = Fact()   # a daemon of the turn is gone after it
-    network_off: Fact = Fact()      # nothing beyond this fence's own localhost
-    usable: Fact = Fact()           # honest work succeeds
+Facts = Dict[str, Fact]     # a row for each of FACTS; without evidence it is `unknown`
 
 
 def judge_fact(name: str, seen: Sequence[Tuple[str, str]]) -> Fact:
@@ -2002,7 +1906,7 @@ def judge_fact(name: str, seen: Sequence[Tuple[str, str]]) -> Fact:
     return Fact("yes" if answers <= REFUSALS | {UNREACHED} else "unknown", text)
 
 
-def take_facts(fence: Fence, run: Runner, work: str, bait: str, secret: str = "",
+def take_facts(fence: Fence, run: Runner, work: str, bait: str, secret: str,
                sealed: Sequence[str] = ()) -> Facts:
     """Run WITNESS inside `fence` and return what it and the loop saw.
 
@@ -2010,92 +1914,60 @@ def take_facts(fence: Fence, run: Runner, work: str, bait: str, secret: str = ""
     `secret` one that it must hide: each gets a passing sub-folder. `sealed` are real paths, tried
     in ways that leave no trace.
     """
-    seen: Dict[str, List[Tuple[str, str]]] = {field.name: [] for field in fields(Facts)}
-    with staged(fence, work, bait, secret) as (words, outside):
-        words += [f"sealed={path}" for path in sealed]
-        words += [f"writable={path}" for path in fence.writable]
-        words += [f"hidden={path}" for path in fence.hidden if os.path.isfile(path)]
-        status, output = run(fence_argv(fence, [*PYTHON, WITNESS, *words]))
-        for line in output.decode("utf-8", "replace").splitlines():
-            fact, act, answer = (line.split(" ") + ["", ""])[:3]
-            if fact in seen and answer:
-                seen[fact].append((act, answer))
-        for fact, act, look in outside:
-            answer = look()   # that nothing arrived proves something only if all was tried
-            seen[fact].append((act, answer if status == 0 or answer == "ok" else "untried"))
-    if status != 0:
-        last = output.decode("utf-8", "replace").strip()[-300:]
-        seen["usable"].append((f"status-{status}", last))
-    return Facts(**{name: judge_fact(name, acts) for name, acts in seen.items()})
-
-
-Outside = List[Tuple[str, str, Callable[[], str]]]   # fact, act, and the loop's own look at it
-
-
-@contextlib.contextmanager
-def staged(fence: Fence, work: str, bait: str, secret: str
-           ) -> Iterator[Tuple[List[str], Outside]]:
-    """Lay out what the witness acts on; yield its words, and the loop's own looks afterwards."""
-    import socket   # not at the top: `--help` needn't pay for it
     with contextlib.ExitStack() as stack:
-        def folder(parent: str) -> str:
-            return stack.enter_context(tempfile.TemporaryDirectory(prefix="w", dir=parent))
-
-        def listen(family: int, address: Any, fact: str, act: str) -> Any:
-            server = stack.enter_context(socket.socket(family))
-            server.bind(address)
-            server.listen(8)
-            server.setblocking(False)
-            outside.append((fact, act, lambda: "ok" if came(server.accept) else UNREACHED))
-            return server.getsockname()
-
-        inner, lure = folder(work), folder(bait)
-        beat, file = os.path.join(inner, "beat"), os.path.join(lure, "file")
+        inner, lure, vault = (stack.enter_context(private_folder(path))
+                              for path in (work, bait, secret))
+        canary, space = os.path.join(vault, "canary"), "/proc/self/ns/pid"
+        write_file(os.path.join(lure, "file"), b"bait")
+        write_file(canary, b"canary")
         os.mkdir(os.path.join(lure, "folder"))
-        with open(file, "wb") as stream:
-            stream.write(b"bait")
-        words = [f"bait={lure}", f"work={inner}", f"loop={os.getpid()}", f"started={started()}"]
-        outside: Outside = [("files_sealed", "outside", lambda: as_left(lure, file)),
-                            ("daemons_killed", "beat", lambda: daemon_state(beat))]
-        if secret:
-            canary = os.path.join(folder(secret), "canary")
-            with open(canary, "wb") as stream:
-                stream.write(b"canary")
-            words.append(f"secret={canary}")
-        name = os.path.basename(lure) + str(os.getpid())
-        spot = os.path.join(lure, "socket")
-        if sys.platform == "linux" and len(os.fsencode(spot)) < 108:   # as long as one can be
-            words += [f"socket={spot}", f"abstract={name}"]
-            listen(socket.AF_UNIX, spot, "sockets_off", "path-served")
-            listen(socket.AF_UNIX, "\0" + name, "sockets_off", "abstract-served")
-        if not fence.network:
-            address = listen(socket.AF_INET, ("127.0.0.1", 0), "network_off", "localhost-served")
-            words.append(f"port={address[1]}")
-        inside_lo = fence.network or fence.level == "namespaces"
-        yield words + [f"serve={'yes' if inside_lo else 'no'}"], outside
+        servers = open_servers(fence, lure, stack)
+        given = {"bait": lure, "work": inner, "secret": canary, "loop": os.getpid(),
+                 "space": os.readlink(space) if os.path.lexists(space) else "",
+                 "sealed": list(sealed), "writable": fence.writable,
+                 "servers": [(*names, server.family, bound) for *names, server, bound in servers],
+                 "network": fence.network, "serve": fence.network or fence.level == "namespaces"}
+        hidden = filter(os.path.isfile, fence.hidden)   # words: one alone is 128 kB at most
+        status, output = run(fence_argv(fence, [*PYTHON, WITNESS, json.dumps(given), *hidden]))
+        came = select.select([server for _, _, server, _ in servers], [], [], 0)[0]
+        outside = [("files_sealed", "outside", as_left(lure)),
+                   ("daemons_killed", "beat", daemon_state(os.path.join(inner, "beat")))]
+        outside += [(fact, f"{act}-served", "ok" if server in came else UNREACHED)
+                    for fact, act, server, _ in servers]
+    text = output.decode("utf-8", "replace")
+    seen: List[Any] = [line.split(" ") for line in text.splitlines() if line.count(" ") == 2]
+    for fact, act, answer in outside:   # that nothing arrived proves something if all was tried
+        seen.append((fact, act, answer if status == 0 or answer == "ok" else "untried"))
+    if status != 0:
+        seen.append(("usable", f"status-{status}", text.strip()[-300:]))
+    return {name: judge_fact(name, [(act, answer) for fact, act, answer in seen if fact == name])
+            for name in FACTS}
 
 
-def came(accept: Callable[[], object]) -> bool:
-    """Say whether anybody connected."""
-    try:
-        accept()
-    except BlockingIOError:
-        return False
-    return True
+def open_servers(fence: Fence, lure: str, stack: contextlib.ExitStack) -> List[Any]:
+    """Listen where a whole fence lets nobody in; return (fact, act, server, its address)."""
+    import socket   # not at the top: `--help` needn't pay for it
+    spot, name = os.path.join(lure, "socket"), os.path.basename(lure) + str(os.getpid())
+    wanted: List[Any] = []
+    if sys.platform == "linux" and len(os.fsencode(spot)) < 108:   # as long as one can be
+        wanted += [("sockets_off", "path", socket.AF_UNIX, spot),
+                   ("sockets_off", "abstract", socket.AF_UNIX, "\0" + name)]
+    if not fence.network:
+        wanted.append(("network_off", "localhost", socket.AF_INET, ("127.0.0.1", 0)))
+    servers = []
+    for fact, act, family, address in wanted:
+        server = stack.enter_context(socket.socket(family))
+        server.bind(address)
+        server.listen(8)
+        bound = server.getsockname() if family == socket.AF_INET else address
+        servers.append((fact, act, server, bound))
+    return servers
 
 
-def started() -> str:
-    """Return this process's start time in the kernel's ticks, empty where there is no /proc."""
-    with contextlib.suppress(OSError):
-        with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
-            return file.read().rsplit(")", 1)[1].split()[19]
-    return ""
-
-
-def as_left(lure: str, file: str) -> str:
+def as_left(lure: str) -> str:
     """Look at the bait from outside: `unreached` if it is as it was laid out."""
     try:
-        with open(file, "rb") as stream:
+        with open(os.path.join(lure, "file"), "rb") as stream:
             same = stream.read() == b"bait"
     except OSError:
         return "ok"
@@ -2125,11 +1997,11 @@ class Isolation:
     @property
     def sealed(self) -> bool:
         """Tell whether no program can write to a tree that isn't its own."""
-        return self.facts.files_sealed.held == "yes"
+        return self.facts["files_sealed"].held == "yes"
 
     def summary(self, config: Config) -> str:
         """Return the level and what is not in force, in one line."""
-        lacking = [name for name in FACT_WORDS if getattr(self.facts, name).held != "yes"
+        lacking = [name for name in FACTS if self.facts[name].held != "yes"
                    and (name != "network_off" or config.metric.network == "deny")]
         return self.level + (f"; not in force: {', '.join(lacking)} (see check)" if lacking else "")
 
@@ -2137,10 +2009,8 @@ class Isolation:
         """Return it for the ledger."""
         claimed = {"runner": "claimed"} if self.level == "external" else {}
         return {"level": self.level, "fence": self.fence.level, **claimed,
-                "notes": list(self.notes), "facts": {
-            name: {"held": fact.held, "seen": fact.seen}
-            for name, fact in ((f.name, getattr(self.facts, f.name))
-                               for f in fields(Facts))}}
+                "notes": list(self.notes),
+                "facts": {name: asdict(fact) for name, fact in self.facts.items()}}
 
 
 class FenceFailed(ScalarLoopError):
@@ -2198,9 +2068,8 @@ def choose_isolation(config: Config, tmp: str, state_folder: str, holdout: Seque
     required = [word for word in config.isolation.require if word in LEVELS]
     wanted = config.isolation.level
     level, notes = probe_level(run, work) if wanted != "portable" or required else (wanted, ())
-    order = {name: place for place, name in enumerate(LEVELS)}
     for word in [*required, *([wanted] if wanted not in ("auto", "external") else [])]:
-        if order[level] < order[word]:
+        if LEVELS.index(level) < LEVELS.index(word):
             why = "; ".join(notes) or f"the best here is {level}"
             raise Refused(f"isolation: {word} can't be had on this machine ({why}); set "
                           "[isolation] level or require to what it has")
@@ -2223,37 +2092,27 @@ def choose_isolation(config: Config, tmp: str, state_folder: str, holdout: Seque
     finally:
         remove_tree(secret)
     missing = [word for word in config.isolation.require if word in FACTS
-               and getattr(facts, word).held != "yes"]
+               and facts[word].held != "yes"]
     if missing:
-        seen = "; ".join(f"{word}: {getattr(facts, word).seen or 'no witness'}" for word in missing)
+        seen = "; ".join(f"{word}: {facts[word].seen or 'no witness'}" for word in missing)
         raise Refused(f"isolation: not in force at level {level}: {seen}; relax [isolation] "
                       "require or run where it can be had")
-    if config.metric.network == "deny" and wanted != "external" and facts.network_off.held != "yes":
+    off, usable = facts["network_off"], facts["usable"]
+    if config.metric.network == "deny" and wanted != "external" and off.held != "yes":
         raise Refused(f"isolation: network = deny can't be had at level {level} "
-                      f"({facts.network_off.seen or 'no witness'}); run where it can, or allow it")
-    if level not in ("portable", "external") and facts.usable.held != "yes":
-        raise Refused(f"isolation: at level {level} honest work fails ({facts.usable.seen}); set "
+                      f"({off.seen or 'no witness'}); run where it can, or allow it")
+    if level not in ("portable", "external") and usable.held != "yes":
+        raise Refused(f"isolation: at level {level} honest work fails ({usable.seen}); set "
                       "[isolation] level to a lower one")
     return Isolation("external" if wanted == "external" else level, fence, facts, tuple(notes),
                      tuple(hidden), tuple(secrets))
 
 
-FACT_WORDS = {
-    "files_sealed": "nothing outside its own folders can be written",
-    "modes_sealed": "nor modes and times changed there",
-    "loop_protected": "the loop can't be signalled, limited or traced",
-    "secrets_hidden": "state folder, key and holdout can't be read",
-    "sockets_off": "services on unix sockets can't be reached",
-    "daemons_killed": "what it leaves running is dead when the turn ends",
-    "network_off": "the network is off for the metric",
-    "usable": "honest work succeeds"}
-
-
 def isolation_rows(config: Config, isolation: Isolation) -> List[Tuple[str, str]]:
     """Return what is in force in plain words, as (state, text) rows for the gate's table."""
     held, open_ = [], []
-    for name, words in FACT_WORDS.items():
-        fact = getattr(isolation.facts, name)
+    for name, words in FACTS.items():
+        fact = isolation.facts[name]
         if name == "network_off" and config.metric.network == "allow":
             continue
         (held if fact.held == "yes" else open_).append((name, words, fact))
@@ -2426,6 +2285,11 @@ class Edit(NamedTuple):
 
     mode: int
     data: Optional[bytes]
+
+
+def blob_id(data: bytes, algorithm: str) -> str:
+    """Return the id that git gives to a file's bytes."""
+    return hashlib.new(algorithm, b"blob %d\0" % len(data) + data).hexdigest()
 
 
 PIECE = 1 << 20     # bytes of the ledger in one file of its anchor
@@ -2723,6 +2587,11 @@ def decoded(path: bytes) -> str:
     return path.decode("utf-8", "surrogateescape")
 
 
+def lies_in(path: bytes, places: Sequence[bytes]) -> bool:
+    """Tell whether a path is one of these files or folders, or below one."""
+    return any(path == place or path.startswith(place + b"/") for place in places)
+
+
 def segments_match(parts: Sequence[str], globs: Sequence[str]) -> bool:
     """Match a path to a glob segment by segment: `*` stays within one, `**` spans any number.
 
@@ -2938,12 +2807,10 @@ class Layer:
     folders: Set[bytes] = field(default_factory=set)
     loose: Set[bytes] = field(default_factory=set)      # may change during a run; put back after it
 
-    def add(self, other: "Layer") -> None:
-        """Take the content of another layer over."""
-        self.entries.update(other.entries)
-        self.sources.update(other.sources)
-        self.folders.update(other.folders)
-        self.loose.update(other.loose)
+    def __or__(self, other: "Layer") -> "Layer":
+        """Return both in one; the other one's entries win."""
+        return Layer({**self.entries, **other.entries}, {**self.sources, **other.sources},
+                     self.folders | other.folders, self.loose | other.loose)
 
 
 def take_layer(root: bytes, master: bytes, paths: Iterable[Tuple[bytes, os.stat_result]]) -> Layer:
@@ -3254,7 +3121,7 @@ class Tree:
                 seen.add(path)
                 if stamp_of(status) != self.folders[path]:
                     changes.append(Change("folder_touched", path, status))
-            elif not self._is_kept(path):
+            elif not lies_in(path, self.kept):
                 created += 1
                 changes.append(Change("folder_created" if folder else "created", path, status))
                 if created > cap:
@@ -3264,18 +3131,11 @@ class Tree:
                 raise CensusError(Reason.UNREADABLE, path)
             changes.append(Change("folder_locked", path, None))
         if len(seen) < len(self.expected) + len(self.folders) - 1:
-            changes += self._missing(seen)
+            changes += [Change("deleted", path, None) for path in self.expected if path not in seen]
+            changes += [Change("folder_deleted", path, None) for path in self.folders
+                        if path and path not in seen and path not in self.expected]
         self.found, self.dirty = changes, False
         return changes
-
-    def _missing(self, seen: Set[bytes]) -> List[Change]:
-        changes = [Change("deleted", path, None) for path in self.expected if path not in seen]
-        changes += [Change("folder_deleted", path, None) for path in self.folders
-                    if path and path not in seen and path not in self.expected]
-        return changes
-
-    def _is_kept(self, path: bytes) -> bool:
-        return any(path == kept or path.startswith(kept + b"/") for kept in self.kept)
 
     def _kind(self, path: bytes, status: os.stat_result, known: Entry) -> str:
         """Say in what way an expected file with another stat signature differs."""
@@ -3325,16 +3185,12 @@ class GitLayer:
                    commit.encode() + b"\n")
         self.repo.git("read-tree", tree)
         root = os.fsencode(self.folder)
-        layer = Layer(folders={b".git"})
-        for path, status in scan(root, b".git"):
-            if stat.S_ISDIR(status.st_mode):
-                layer.folders.add(path)
-            else:
-                layer.entries[path] = entry_of(os.path.join(root, path), status)
-                layer.sources[path] = os.path.join(root, path)
-        layer.loose = set(layer.entries)
-        self.layer, self.tree = layer, tree
-        return layer
+        found = dict(scan(root, b".git"))
+        folders = {path for path, status in found.items() if stat.S_ISDIR(status.st_mode)}
+        sources = {path: os.path.join(root, path) for path in found.keys() - folders}
+        entries = {path: entry_of(source, found[path]) for path, source in sources.items()}
+        self.layer, self.tree = Layer(entries, sources, {b".git", *folders}, set(entries)), tree
+        return self.layer
 
 
 # ══ census and seal ══════════════════════════════════════════════════════════════════════════════
@@ -3380,7 +3236,7 @@ def take_census(tree: Tree, rules: CensusRules) -> Proposal:
 
 
 def _take_census(tree: Tree, rules: CensusRules) -> Proposal:
-    changes = [change for change in tree.inspect() if not _is_private(change.path, rules.private)]
+    changes = [change for change in tree.inspect() if not lies_in(change.path, rules.private)]
     created = [change.path for change in changes if change.kind == "created"]
     locked = [change.path for change in changes if change.kind == "folder_locked"]
     dropped = rules.ignored(created + [path + b"/" for path in locked])
@@ -3403,18 +3259,13 @@ def _take_census(tree: Tree, rules: CensusRules) -> Proposal:
     return Proposal(read_edits(tree, changes, rules.max_change), len(dropped), files)
 
 
-def _is_private(path: bytes, private: Sequence[bytes]) -> bool:
-    return any(path == name or path.startswith(name + b"/") for name in private)
-
-
 def _violation(change: Change, tree: Tree, rules: CensusRules) -> Optional[Reason]:
     """Return why a change may not be, or None for an edit of a regular file in scope."""
     path, status = change.path, change.status
     known = tree.expected.get(path)
     if known is not None:
-        if path in tree.layer.entries or not rules.scope.holds(path):
-            return KIND_REASONS[change.kind]
-        if change.kind in ("set_id", "hard_link"):
+        if change.kind in ("set_id", "hard_link") or path in tree.layer.entries \
+                or not rules.scope.holds(path):
             return KIND_REASONS[change.kind]
         if known.mode in (SYMLINK_MODE, GITLINK) and change.kind != "deleted":
             return Reason.SYMLINK if known.mode == SYMLINK_MODE else Reason.GITLINK
@@ -3496,15 +3347,14 @@ def read_edits(tree: Tree, changes: Sequence[Change], most: int) -> Dict[bytes, 
     return edits
 
 
-def apply_edits(manifest: Manifest, edits: Dict[bytes, Edit], oid_of: Callable[[bytes], str]
-                ) -> Manifest:
+def apply_edits(manifest: Manifest, edits: Dict[bytes, Edit], algorithm: str) -> Manifest:
     """Return the manifest of a candidate."""
     result = dict(manifest)
     for path, edit in edits.items():
         if edit.data is None:
             result.pop(path, None)
         else:
-            result[path] = Entry(edit.mode, oid_of(edit.data),
+            result[path] = Entry(edit.mode, blob_id(edit.data, algorithm),
                                  hashlib.sha256(edit.data).digest(), len(edit.data))
     return result
 
@@ -3770,9 +3620,7 @@ class Cleanroom:
     def use_git(self, tree: str) -> None:
         """Give both trees a one-commit .git of what is measured (`git = yes`)."""
         if self.git_layer and tree != self.git_layer.tree:
-            layer = Layer()
-            layer.add(self.base_layer)
-            layer.add(self.git_layer.update(tree))
+            layer = self.base_layer | self.git_layer.update(tree)
             for place in (self.tree, self.scorer):
                 if place:
                     place.set_layer(layer)
@@ -4700,8 +4548,7 @@ def build_prompt(config: Config, state: State, goal: str, rework: str = "") -> s
            if loop.memory else "")
         + f"- At most {loop.max_files} files and {loop.max_change} bytes may change in one turn.",
         f"# Measure\nAfter your turn a sealed command measures {state.metric_name} in a clean "
-        f"copy; "
-        f"{better} is better.\n"
+        f"copy; {better} is better.\n"
         f"Baseline {format_number(state.baseline)}, best so far {format_number(state.best)}. "
         f"{describe_needed(config)}\n"
         + "".join(f"Guard {guard.name}: `{printable(shlex.join(guard.command))}` must hold.\n"
@@ -5042,7 +4889,7 @@ def differs_on_disk(user: UserRepository, path: bytes, row: Listed) -> bool:
             data = stream.read()
     except OSError:
         return False
-    return hashlib.new(user.algorithm, b"blob %d\0" % len(data) + data).hexdigest() != row.oid
+    return blob_id(data, user.algorithm) != row.oid
 
 
 def check_links(gate: Gate, config: Config, user: UserRepository, scope: Scope,
@@ -5092,8 +4939,7 @@ def share_problem(user: UserRepository, path: bytes, listed: Dict[bytes, Listed]
                     leads += [os.path.realpath(os.path.join(os.path.dirname(full), line.strip()))
                               for line in stream.read().splitlines() if line.strip()]
             for lead in leads:
-                if (lead == top or lead.startswith(top + b"/")) \
-                        and not lead.startswith(os.path.realpath(root) + b"/"):
+                if lies_in(lead, [top]) and not lead.startswith(os.path.realpath(root) + b"/"):
                     return (f"{shown_path(path + b'/' + name)} leads into the project, so the "
                             "user's files would be measured instead of the candidate's; install "
                             "without it")
@@ -5391,12 +5237,10 @@ class Work:
 class MetricBroken(ScalarLoopError):
     """The metric fails on a tree that it measured before: the fault isn't the candidate's."""
 
-
-def broken(tree: str, found: Measurement) -> MetricBroken:
-    """Return the error for a run that failed on a tree which was measured before."""
-    code = found.reason.value if found.reason else "no number"
-    return MetricBroken(f"metric: fails on {tree}, which it measured before ({code}: "
-                        f"{found.detail}); the metric or what it reads has changed")
+    def __init__(self, tree: str, found: Measurement):
+        code = found.reason.value if found.reason else "no number"
+        super().__init__(f"metric: fails on {tree}, which it measured before ({code}: "
+                         f"{found.detail}); the metric or what it reads has changed")
 
 
 class CleanroomTrial:
@@ -5410,7 +5254,7 @@ class CleanroomTrial:
     def candidate(self) -> Optional[float]:
         """Return one fresh run of the candidate, None if it failed."""
         self.run.terminal.doing(f"#{self.work.n} measuring")
-        found = self.run.measure(self.gauge, self.tree, 0, fresh_seed(), self.work.metric_seconds)
+        found = self.run.measure(self.gauge, self.tree, self.work.metric_seconds)
         return self._rival(found)
 
     def _rival(self, found: Measurement) -> Optional[float]:
@@ -5422,11 +5266,10 @@ class CleanroomTrial:
     def incumbent(self) -> float:
         """Return one fresh run of the incumbent; raise MetricBroken when it fails twice."""
         for _ in range(2):
-            found = self.run.measure(self.gauge, self.run.incumbent, 0, fresh_seed(),
-                                     self.work.metric_seconds)
+            found = self.run.measure(self.gauge, self.run.incumbent, self.work.metric_seconds)
             if found.value is not None:
                 return self.sign * found.value + 0.0
-        raise broken("the incumbent", found)
+        raise MetricBroken("the incumbent", found)
 
     def pair(self) -> Tuple[float, Optional[float]]:
         """Return a fresh run of both; a pair whose incumbent fails is void and run once more."""
@@ -5436,7 +5279,7 @@ class CleanroomTrial:
                                                     self.work.metric_seconds)
             if standing.value is not None:
                 return self.sign * standing.value + 0.0, self._rival(rival)
-        raise broken("the incumbent", standing)
+        raise MetricBroken("the incumbent", standing)
 
     def guards_hold(self) -> bool:
         """Run every guard on the candidate; remember the first that does not hold."""
@@ -5446,7 +5289,7 @@ class CleanroomTrial:
             if gauge.numeric:
                 failed = self._metric_guard(guard, gauge)
             else:
-                found = self.run.measure(gauge, self.tree, 0, fresh_seed())
+                found = self.run.measure(gauge, self.tree)
                 failed = found if found.reason else None
             if failed:
                 self.failed = replace(failed, detail=f"{guard.name}: {failed.detail}".rstrip(": "))
@@ -5589,15 +5432,15 @@ class Run:
             self.seen[snapshot.tree] = Snapshot(tree, shown)
         return self.seen[snapshot.tree]
 
-    def measure(self, gauge: Gauge, snapshot: Snapshot, room: int, seed: int,
-                seconds: Optional[List[float]] = None) -> Measurement:
+    def measure(self, gauge: Gauge, snapshot: Snapshot, seconds: Optional[List[float]] = None,
+                room: int = 0, seed: Optional[int] = None) -> Measurement:
         """Measure a tree in one of the two cleanrooms; the second is made when first asked for."""
         while len(self.rooms) <= room:
             self.rooms.append(make_cleanroom(self, len(self.rooms)))
         place = self.rooms[room]
         shown = self.visible(snapshot, gauge.key)
         place.use_git(self.visible(snapshot, "metric").tree)    # a holdout's would stay in there
-        found = place.measure(gauge, shown.manifest, seed)
+        found = place.measure(gauge, shown.manifest, fresh_seed() if seed is None else seed)
         if seconds is not None and found.value is not None:
             seconds.append(round(found.seconds, 4))
         elif seconds is not None and self.work:     # a timeout is no run's usual cost
@@ -5606,13 +5449,12 @@ class Run:
             self.work.others = dict(found.others)
         return found
 
-
     def measure_pair(self, gauge: Gauge, first: Snapshot, second: Snapshot,
                      seconds: Optional[List[float]] = None) -> Tuple[Measurement, Measurement]:
         """Measure two trees under one fresh seed, coins deciding order and room."""
         coins, seed = os.urandom(1)[0], fresh_seed()
         runs = [(first, coins & 1), (second, 1 - (coins & 1))]
-        found = [self.measure(gauge, snapshot, room, seed, seconds)
+        found = [self.measure(gauge, snapshot, seconds, room, seed)
                  for snapshot, room in (reversed(runs) if coins & 2 else runs)]
         return (found[1], found[0]) if coins & 2 else (found[0], found[1])
 
@@ -5625,7 +5467,7 @@ class Run:
         def pair() -> Tuple[float, Optional[float]]:
             standing, other = self.measure_pair(gauge, base, rival)
             if standing.value is None:
-                raise broken("the baseline", standing)
+                raise MetricBroken("the baseline", standing)
             last[:] = [other]
             return sign * standing.value, None if other.value is None else sign * other.value
 
@@ -5633,11 +5475,8 @@ class Run:
         return duel, last[0] if last else Measurement(None)
 
 
-def make_tree(run: Run, name: str, layers: Sequence[Layer], kept: Sequence[bytes] = ()) -> Tree:
+def make_tree(run: Run, name: str, layer: Layer, kept: Sequence[bytes] = ()) -> Tree:
     """Return a tree in the temporary folder, not yet written."""
-    layer = Layer()
-    for part in layers:
-        layer.add(part)
     return Tree(os.path.join(run.tmp, name), run.store, layer, kept,
                 os.path.join(run.folder, "lfs"))
 
@@ -5646,9 +5485,9 @@ def make_cleanroom(run: Run, number: int) -> Cleanroom:
     """Make a cleanroom; with `produce` it has a second tree for the scorer."""
     config = run.config
     kept = [run.scope.prefix + path.encode() for path in config.metric.cache]
-    layers = [run.shared, run.made]
-    tree = make_tree(run, f"room-{number}", layers, kept)
-    scorer = make_tree(run, f"scorer-{number}", layers) if config.metric.produce else None
+    layer = run.shared | run.made
+    tree = make_tree(run, f"room-{number}", layer, kept)
+    scorer = make_tree(run, f"scorer-{number}", layer) if config.metric.produce else None
     first = run.rooms[0].setting if run.rooms else None
     setting = first or MetricSetting(
         config, run.scope, run.scope.prefix, metric_environment(config), run.fence_of, run.outside,
@@ -5665,15 +5504,10 @@ def metric_environment(config: Config) -> Dict[str, str]:
             "PYTHONDONTWRITEBYTECODE": "1", "PYTHONNOUSERSITE": "1"}
 
 
-def live_suffix(run: Run) -> str:
-    """Return what the live line ends in: best so far, iterations left."""
-    left = run.config.loop.iterations - run.state.iterations
-    return f"best {format_number(run.state.best)}, {left} left"
-
-
 def run_loop(run: Run) -> str:
     """Propose, take the census, measure, decide, record, keep or drop; until a rule says stop."""
-    run.terminal.suffix = functools.partial(live_suffix, run)
+    run.terminal.suffix = lambda: (f"best {format_number(run.state.best)}, "
+                                   f"{run.config.loop.iterations - run.state.iterations} left")
     while True:
         run.watch.check()
         reason = stop_reason(run.config, run.state, run.elapsed())
@@ -5727,10 +5561,8 @@ def begin_iteration(run: Run) -> Work:
 def prepare_workspace(run: Run) -> None:
     """Bring the workspace to the incumbent, with a throwaway .git and the agent's memory."""
     tree: Tree = run.workspace
-    layer = Layer()
-    layer.add(run.shared)
     shown = run.visible(run.incumbent, "workspace")
-    layer.add(run.git_layer.update(shown.tree))
+    layer = run.shared | run.git_layer.update(shown.tree)
     memory = os.path.join(run.folder, "memory")
     if run.config.loop.memory and os.path.exists(memory):
         path = run.scope.prefix + run.config.loop.memory.encode()
@@ -5843,7 +5675,7 @@ def consider(run: Run, work: Work, ended: Ended, gave_up: bool) -> Known:
     gauge = holdout_gauge(run.config)
     if gauge and decide(facts).verdict is Verdict.KEEP:
         run.terminal.doing(f"#{work.n} holdout")
-        found = run.measure(gauge, candidate, 0, fresh_seed())
+        found = run.measure(gauge, candidate)
         work.holdout = found.value
         if found.integrity:
             facts = replace(facts, failed=found)
@@ -5861,13 +5693,8 @@ def make_candidate(run: Run, edits: Dict[bytes, Edit], over: Snapshot, commit: s
     """Write edits over a tree that stands in the store as `commit`; return the candidate."""
     if not edits:
         return over
-    tree = run.store.write_tree(commit, edits)
-    algorithm = run.user.algorithm
-
-    def oid_of(data: bytes) -> str:
-        return hashlib.new(algorithm, b"blob %d\0" % len(data) + data).hexdigest()
-
-    return Snapshot(tree, apply_edits(over.manifest, edits, oid_of))
+    return Snapshot(run.store.write_tree(commit, edits),
+                    apply_edits(over.manifest, edits, run.user.algorithm))
 
 
 def bounded_file(folder: str, name: str) -> Callable[[bytes], None]:
@@ -6074,7 +5901,7 @@ def open_run(gate: Gate, config: Config, user: UserRepository, store: Store, fol
     gate.ok("seal", f"{counted(sealed, 'tracked file')}, {len(outside.entries)} outside the tree")
     gate.rows += [Condition("isolation", *row) for row in isolation_rows(config, run.isolation)]
     run.shared = share_layer(run)
-    run.workspace = make_tree(run, "workspace", [])
+    run.workspace = make_tree(run, "workspace", Layer())
     run.git_layer = GitLayer(store, os.path.join(tmp, "git"))
     write_skeleton(run)
     return run
@@ -6115,7 +5942,7 @@ def share_layer(run: Run) -> Layer:
         root = os.fsencode(run.user.top)
         below = run.scope.prefix + name.encode()
         rows = [(below, os.lstat(os.path.join(root, below))), *scan(root, below)]
-        layer.add(take_layer(root, os.fsencode(os.path.join(run.tmp, "share")), rows))
+        layer |= take_layer(root, os.fsencode(os.path.join(run.tmp, "share")), rows)
     return layer
 
 
@@ -6167,21 +5994,18 @@ def take_baseline(run: Run, gate: Gate) -> Optional[Baseline]:
     if not samples:
         return None
     exact = len(set(samples)) == 1
-    shown = f"{name} = {format_number(median(samples))}"
-    if exact:
-        gate.ok("metric", f"{shown}, the same in {len(samples)} runs; "
-                f"{format_seconds(median(seconds))} each")
-    else:
-        gate.ok("metric", f"{shown} in the middle of {len(samples)} runs, from "
-                f"{format_number(min(samples))} to {format_number(max(samples))}; "
-                f"{format_seconds(median(seconds))} each")
+    spread = f", the same in {len(samples)} runs" if exact else \
+        f" in the middle of {len(samples)} runs, from {format_number(min(samples))} to " \
+        f"{format_number(max(samples))}"
+    gate.ok("metric", f"{name} = {format_number(median(samples))}{spread}; "
+            f"{format_seconds(median(seconds))} each")
     guards: Dict[str, List[float]] = {}
     for guard in run.config.guards:
         run.terminal.doing(f"baseline: guard {guard.name}")
         if guard.pattern:
             guards[guard.name], _ = sample(run, guard_gauge(guard), gate, f"guard {guard.name}", [])
         else:
-            found = run.measure(guard_gauge(guard), run.base, 0, fresh_seed())
+            found = run.measure(guard_gauge(guard), run.base)
             if found.reason:
                 gate.fail("guard", f"{guard.name}: does not hold on the baseline: "
                           + describe_failure(found))
@@ -6212,7 +6036,7 @@ def sample(run: Run, gauge: Gauge, gate: Gate, label: str, seconds: List[float]
     name = ""
     while not baseline_is_complete(samples):
         run.terminal.doing(f"baseline: {label}, run {len(samples) + 1}")
-        found = run.measure(gauge, run.base, 0, fresh_seed(), seconds)
+        found = run.measure(gauge, run.base, seconds)
         if found.value is None:
             section, _, name = label.partition(" ")
             gate.fail(section, (f"{name}: " if name else "") + describe_failure(found))
@@ -6228,10 +6052,8 @@ def describe_failure(found: Measurement) -> str:
     remedies = {
         Reason.SEAL_TOUCHED: f"writes to {found.detail}, which is tracked or sealed ({code}); let "
                              "it write to TMPDIR or to untracked paths",
-        Reason.METRIC_TIMEOUT: f"{found.detail} ({code}); raise its timeout, or run it by hand in "
-                               "a fresh clone",
-        Reason.GUARD_TIMEOUT: f"{found.detail} ({code}); raise its timeout, or run it by hand in a "
-                              "fresh clone",
+        **dict.fromkeys((Reason.METRIC_TIMEOUT, Reason.GUARD_TIMEOUT), f"{found.detail} ({code}); "
+                        "raise its timeout, or run it by hand in a fresh clone"),
         Reason.METRIC_OUT_OF_BOUNDS: f"{found.detail} ({code}); correct the metric or its bounds"}
     text = remedies.get(found.reason or Reason.MACHINE, f"{found.detail} ({code}); run it by hand "
                                                         "in a fresh clone and mend it")
@@ -6244,7 +6066,7 @@ def holdout_baseline(run: Run, gate: Gate) -> Optional[float]:
     if not gauge:
         return None
     run.terminal.doing("baseline: holdout")
-    found = run.measure(gauge, run.base, 0, fresh_seed())
+    found = run.measure(gauge, run.base)
     if found.value is None:
         gate.fail("holdout", describe_failure(found))
         return None
@@ -6255,7 +6077,7 @@ def holdout_baseline(run: Run, gate: Gate) -> Optional[float]:
 def check_canary(run: Run, gate: Gate, samples: Sequence[float]) -> None:
     """Refuse a metric that does not see a change which must make it worse."""
     config = run.config
-    scratch = make_tree(run, "canary", [run.shared, run.made])
+    scratch = make_tree(run, "canary", run.shared | run.made)
     scratch.make_pristine(run.base.manifest)
     cwd = os.path.join(os.fsdecode(scratch.root), os.fsdecode(run.scope.prefix))
     word = os.path.join(config.folder, config.metric.canary[0])
@@ -6291,13 +6113,12 @@ def check_canary(run: Run, gate: Gate, samples: Sequence[float]) -> None:
 def duel_canary(run: Run, gate: Gate, canary: Snapshot, samples: Sequence[float]) -> None:
     """Let the base and the canary fight: it must lose."""
     run.terminal.doing("canary")
-    if len(set(samples)) == 1 and run.measure(metric_gauge(run.config), canary, 0,
-                                              fresh_seed()).value == samples[0]:
+    gauge = metric_gauge(run.config)
+    if len(set(samples)) == 1 and run.measure(gauge, canary).value == samples[0]:
         gate.fail("canary", "the metric does not see it: the very same number; it would not see a "
                   "gain either: repair the metric")
         return
-    duel, _ = run.fight_worse(metric_gauge(run.config), run.config.sign, run.base, canary, samples,
-                              0.0, lambda: False)
+    duel, _ = run.fight_worse(gauge, run.config.sign, run.base, canary, samples, 0.0, lambda: False)
     if duel.outcome is Reason.BETTER:
         gate.ok("canary", f"the metric sees it ({len(duel.pairs)} pairs)")
     elif duel.outcome is Reason.NOISE_FAILED:
@@ -6689,7 +6510,7 @@ def learn_folders(run: Run) -> None:
     holdout = holdout_gauge(run.config)
     for gauge in gauges + ([holdout] if holdout else []):
         run.terminal.doing(f"looking at {gauge.key} again")
-        run.measure(gauge, run.base, 0, fresh_seed())
+        run.measure(gauge, run.base)
     room.learning = False
 
 
@@ -6737,12 +6558,10 @@ def verify_command(config: Config, options: Options, terminal: Terminal, watch: 
             verify_repository(config, user, state, findings)
         if state and options.replay and not findings.errors:
             replay(config, user, state, tmp, terminal, watch, findings)
-    for text in findings.checked:
-        terminal.say(f"ok       {text}")
-    for text in findings.warnings:
-        terminal.say(f"warning  {text}")
-    for text in findings.errors:
-        terminal.say(f"BROKEN   {text}")
+    for label, texts in (("ok", findings.checked), ("warning", findings.warnings),
+                         ("BROKEN", findings.errors)):
+        for text in texts:
+            terminal.say(f"{label:<9s}{text}")
     terminal.say("verified: the record is whole" if not findings.errors else
                  "the record is broken")
     return RecordBroken.exit_code if findings.errors else 0
@@ -6824,7 +6643,7 @@ def verify_repository(config: Config, user: UserRepository, state: State, findin
             return
         parent = commit
     findings.checked.append(f"branch {branch}: every commit in scope, anchored, in order")
-    verify_seals(config, user, state, scope, keeps[-1][1] if keeps else state.base, findings)
+    verify_seals(user, state, scope, keeps[-1][1] if keeps else state.base, findings)
 
 
 def commit_problem(store: Store, scope: Scope, state: State, parent: str, commit: str, n: int,
@@ -6850,8 +6669,8 @@ def commit_problem(store: Store, scope: Scope, state: State, parent: str, commit
     return ""
 
 
-def verify_seals(config: Config, user: UserRepository, state: State, scope: Scope, tip: str,
-                 findings: Findings) -> None:
+def verify_seals(user: UserRepository, state: State, scope: Scope, tip: str, findings: Findings
+                 ) -> None:
     """Recompute the seal's root from git, and look at sealed files outside the tree."""
     store = Store(user.repo)
     marked = set(state.start["lfs"])
@@ -6901,7 +6720,7 @@ def replay(config: Config, user: UserRepository, state: State, tmp: str, termina
         snapshot = Snapshot(store.repo.line("rev-parse", f"{commit}^{{tree}}"),
                             take_manifest(store, commit, run.lfs))
         runs = 1 if state.noise.exact else 5
-        found = [run.measure(gauge, snapshot, 0, fresh_seed()) for _ in range(runs)]
+        found = [run.measure(gauge, snapshot) for _ in range(runs)]
         values = [one.value for one in found if one.value is not None]
         label = "baseline" if n == 0 else f"#{n}"
         if len(values) < len(found):
@@ -7054,10 +6873,9 @@ def parse_arguments(arguments: Sequence[str]) -> Tuple[str, str, Options]:
         raise Refused(f"{printable(words[0])}: unknown "
                       "command" + close_match(words[0], [*COMMANDS]))
     if len(words) != 1:
-        known = ", ".join(COMMANDS)
-        raise Refused(f"expected [COMMAND] loop.ini, got "
-                      f"{printable(' '.join(arguments)) or 'nothing'}"
-                      f" (commands: {known}; see --help)")
+        got = printable(" ".join(arguments)) or "nothing"
+        raise Refused(f"expected [COMMAND] loop.ini, got {got} (commands: "
+                      f"{', '.join(COMMANDS)}; see --help)")
     for flag, value, wanted in (("--more", flags["more"], "run"), ("--new", flags["new"], "run"),
                                 ("--replay", flags["replay"], "verify")):
         if value and command != wanted:
@@ -7081,8 +6899,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     sys.stdout = sys.stdout or open(os.devnull, "w")    # a caller may have closed them
     sys.stderr = sys.stderr or open(os.devnull, "w")
     terminal = Terminal(sys.stdout)
-    for word, text in (("--help", USAGE), ("-h", USAGE), ("--version", "scalarloop "
-                                                                       f"{__version__}")):
+    version = f"scalarloop {__version__}"
+    for word, text in (("--help", USAGE), ("-h", USAGE), ("--version", version)):
         if word in arguments:
             terminal.say(text)
             return 0

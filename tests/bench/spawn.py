@@ -39,7 +39,7 @@ def sweep(orphans):
               "    if os.fork() == 0:\n        os.setsid(); time.sleep(60)")
     subprocess.run([*iso.PYTHON, script, str(orphans)])
     started = time.perf_counter()
-    left = iso.sweep_descendants(set())
+    left = iso.sweep_descendants()
     assert not left
     return 1e3 * (time.perf_counter() - started)
 
