@@ -2295,7 +2295,7 @@ def blob_id(data: bytes, algorithm: str) -> str:
 PIECE = 1 << 20     # bytes of the ledger in one file of its anchor
 
 
-class BlobStream:
+class ObjectStream:
     """Take the output of `git cat-file --batch`, check each object's own hash, and pass it on.
 
     `begin(n)` returns what takes the bytes of the n-th object, `end(n, digest, size)` is called
@@ -2335,14 +2335,14 @@ class BlobStream:
 
     def _begin(self, header: bytes) -> None:
         words = header.split()
-        if self.count >= len(self.oids) or len(words) != 3 or words[1] != b"blob" \
+        if self.count >= len(self.oids) or len(words) != 3 \
                 or words[0].decode() != self.oids[self.count]:
             raise StoreDamaged(f"store: object {printable(header.decode('ascii', 'replace'))}")
         self._size = int(words[2])
         self._left = self._size + 1
         self._sha256 = hashlib.sha256()
-        self._own = hashlib.new("sha256" if len(words[0]) == 64 else "sha1", b"blob %d\0"
-                                % self._size)
+        self._own = hashlib.new("sha256" if len(words[0]) == 64 else "sha1", b"%s %d\0"
+                                % (words[1], self._size))
         self._take = self.begin(self.count)
 
     def _finish(self) -> None:
@@ -2369,6 +2369,14 @@ class Store:
             table[path] = Listed(int(mode, 8), oid.decode())
         return table
 
+    def check_objects(self, *revisions: str) -> None:
+        """Hash every object of these revisions (words of git rev-list), as git does not do for
+        trees; raise StoreDamaged for one that is missing or not itself.
+        """
+        rows = self.repo.git("rev-list", "--objects", *revisions).splitlines()
+        self.read_objects([row.split(b" ")[0].decode() for row in rows],
+                          lambda index: lambda data: None, lambda index, digest, size: None)
+
     def list_changes(self, old: str, new: str) -> Dict[bytes, Listed]:
         """Return what differs between two trees, as in the new one; a deleted file has mode 0."""
         words = self.repo.git("diff-tree", "-r", "-z", "--raw", "--no-renames", "--no-abbrev",
@@ -2376,12 +2384,12 @@ class Store:
         return {path: Listed(int(row.split()[1], 8), row.split()[3].decode())
                 for row, path in zip(words[0::2], words[1::2])}
 
-    def read_blobs(self, oids: Sequence[str], begin: Callable[[int], Callable[[bytes], None]],
+    def read_objects(self, oids: Sequence[str], begin: Callable[[int], Callable[[bytes], None]],
                    end: Callable[[int, bytes, int], None]) -> None:
-        """Stream blobs in order; see BlobStream."""
+        """Stream objects in order; see ObjectStream."""
         if not oids:
             return
-        stream = BlobStream(oids, begin, end)
+        stream = ObjectStream(oids, begin, end)
         self.repo.git("cat-file", "--batch", stdin="".join(f"{oid}\n" for oid in oids).encode(),
                       sink=stream)
         if stream.count != len(oids):
@@ -2397,25 +2405,28 @@ class Store:
                 lines += inline_file(edit.mode, path, edit.data)
         return self._import("candidate", lines)[1]
 
-    def write_anchor(self, ledger: str, message: str, user: "UserRepository", last: str
+    def write_anchor(self, ledger: str, message: str, user: "UserRepository", base: str, last: str
                      ) -> Tuple[str, str]:
-        """Write a parentless commit that holds the ledger; return its id, and its pack's name.
+        """Write a commit that holds the ledger; return its id, and its pack's name.
 
-        In pieces: those that the anchor before it, `last`, holds whole are taken over from there,
-        so that a keep costs the same in a long run as in a short one.
+        Its parent is `base`, so that nobody prunes that. In pieces: those that the anchor before
+        it, `last`, holds too are taken over from there, so that a keep costs the same in a long
+        run as in a short one.
         """
-        pieces = -(-os.path.getsize(ledger) // PIECE)
         before = set(os.listdir(self.packs))
-        held = sorted(Store(user.repo).list_tree(last).items())[:-1] if last and pieces > 1 else []
+        held = Store(user.repo).list_tree(last) \
+            if last and os.path.getsize(ledger) > PIECE else {}
 
         def lines() -> Iterator[bytes]:
-            for path, row in held:
-                yield b"M %o %s %s\n" % (PLAIN, row.oid.encode(), quoted_path(path))
+            yield b"from %s\ndeleteall\n" % base.encode()
             with open(ledger, "rb") as stream:
-                stream.seek(len(held) * PIECE)
-                for number in range(len(held), pieces):
+                for number, piece in enumerate(iter(lambda: stream.read(PIECE), b"")):
                     path = b"ledger.jsonl" + (b".%06d" % number if number else b"")
-                    yield from inline_file(PLAIN, path, stream.read(PIECE))
+                    oid = blob_id(piece, user.algorithm)
+                    if path in held and held[path].oid == oid:
+                        yield b"M %o %s %s\n" % (PLAIN, oid.encode(), quoted_path(path))
+                    else:
+                        yield from inline_file(PLAIN, path, piece)
 
         commit, _ = self._import("anchor", lines(), message.encode(), int(time.time()),
                                  "fastimport.unpackLimit=1", user.objects)
@@ -2425,6 +2436,12 @@ class Store:
             raise StoreDamaged(f"store: {len(new)} packs were written for one anchor")
         sync_path(self.packs)
         return commit, new[0]
+
+    def read_anchor(self, commit: str, sink: Callable[[bytes], None]) -> None:
+        """Pass on the ledger that an anchor's commit holds."""
+        rows = sorted(self.list_tree(commit).items())
+        self.read_objects([row.oid for _, row in rows], lambda index: sink,
+                          lambda index, digest, size: None)
 
     @property
     def packs(self) -> str:
@@ -2706,6 +2723,7 @@ LFS_POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\n"
 
 def take_manifest(store: Store, commit: str, lfs: FrozenSet[bytes]) -> Manifest:
     """Hash every file of a commit's tree; a git-lfs pointer in `lfs` counts as its content."""
+    store.check_objects("--no-walk", "--filter=blob:none", commit)
     listed = sorted(store.list_tree(commit).items())
     files = [(path, row) for path, row in listed if row.mode != GITLINK]
     manifest: Manifest = {path: Entry(row.mode, row.oid, b"", 0) for path, row in listed
@@ -2723,7 +2741,7 @@ def take_manifest(store: Store, commit: str, lfs: FrozenSet[bytes]) -> Manifest:
             digest, size = bytes.fromhex(pointer[1].decode()), int(pointer[2])
         manifest[path] = Entry(row.mode, row.oid, digest, size)
 
-    store.read_blobs([row.oid for _, row in files], begin, end)
+    store.read_objects([row.oid for _, row in files], begin, end)
     return manifest
 
 
@@ -3015,7 +3033,7 @@ class Tree:
             self._stamp(path)
 
         try:
-            self.store.read_blobs([self.expected[path].oid for path in tracked], begin, end)
+            self.store.read_objects([self.expected[path].oid for path in tracked], begin, end)
         finally:
             if out and hasattr(out[0], "close"):
                 out[0].close()
@@ -4144,7 +4162,7 @@ def read_ledger(path: str, secret: Optional[bytes], torn: Optional[List[bytes]] 
     canonical form. An unterminated last line is appended to `torn` when given, else broken.
     """
     prev, seq = FIRST_PREV, 0
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         for number, line in enumerate(stream, 1):
             where = f"ledger line {number}"
             if not line.endswith(b"\n"):
@@ -4156,10 +4174,12 @@ def read_ledger(path: str, secret: Optional[bytes], torn: Optional[List[bytes]] 
             body = line[:-1]
             digest = fitting_hash(body, secret)
             if not digest:
-                keyed = ", or it is under a key: set SCALARLOOP_LEDGER_KEY" \
-                    if b'"keyed":true' in body else ""
-                raise RecordBroken(f"{where}: was changed (its hash does not fit its bytes"
-                                   + (", or the key is another one" if secret else keyed) + ")")
+                why = ", or it is under a key: set SCALARLOOP_LEDGER_KEY" \
+                    if b'"keyed":true' in body and not secret else \
+                    ", or it is under no key: unset SCALARLOOP_LEDGER_KEY" \
+                    if b'"keyed":false' in body and secret else \
+                    ", or the key is another one" if secret else ""
+                raise RecordBroken(f"{where}: was changed (its hash does not fit its bytes{why})")
             try:
                 record, end = DECODE(body.decode("ascii"))
                 same = end == len(body) and (not strict or canonical(record) == body)
@@ -4175,6 +4195,21 @@ def read_ledger(path: str, secret: Optional[bytes], torn: Optional[List[bytes]] 
                 raise RecordBroken(f"{where}: is of a version that this program does not know")
             prev, seq = record["hash"], seq + 1
             yield record
+
+
+def open_regular(path: str) -> Any:
+    """Open a ledger for reading; raise RecordBroken for a link, or for what would block a reader.
+    """
+    try:
+        stream = open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise RecordBroken(f"ledger: {path} is a link; put the file itself there") from None
+        raise
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise RecordBroken(f"ledger: {path} is not a regular file")
+    return stream
 
 
 class Ledger:
@@ -4199,15 +4234,32 @@ class Ledger:
 
     def check(self) -> None:
         """Raise RecordBroken unless the file is as the last append left it."""
-        if self._look() != self._stamp or os.fstat(self._file).st_size != self._size:
-            raise RecordBroken(f"ledger: {self.path} was touched by somebody else while the loop "
-                               "ran; nothing was appended. Compare it with refs/scalarloop/* of "
-                               "the repository")
+        now = self._look()
+        if not now:
+            raise RecordBroken(f"ledger: {self.path} is gone; nothing was appended. What was kept "
+                               "is in the repository, with the ledger (refs/scalarloop/*)")
+        if now != self._stamp or os.fstat(self._file).st_size != self._size:
+            # a backup may link it, somebody may chmod it: only its inode, size and mtime must stay
+            if now[:24] != self._stamp[:24] or not self._is_whole():
+                raise RecordBroken(f"ledger: {self.path} was touched by somebody else while the "
+                                   "loop ran; nothing was appended. Compare it with "
+                                   "refs/scalarloop/* of the repository")
+            self._stamp = now
         if self._last:
             with open(self.path, "rb") as stream:
                 stream.seek(self._size - len(self._last))
                 if stream.read() != self._last:
                     raise RecordBroken(f"ledger: the last line of {self.path} was changed")
+
+    def _is_whole(self) -> bool:
+        """Tell whether the file's chain still ends in the head that is known here."""
+        last: Record = {}
+        try:
+            for last in read_ledger(self.path, self.secret):
+                pass
+        except RecordBroken:
+            return False
+        return last.get("hash") == self.head and last["seq"] == self.records - 1
 
     def append(self, *news: Tuple[str, Record]) -> List[Record]:
         """Write records, all or none, and flush them to disk before anything acts on them."""
@@ -4285,15 +4337,32 @@ def check_kinds(record: Record) -> None:
 
 
 def checked_config(table: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
-    """Return a recorded config if it has every section and key that this program reads."""
-    for section, schema in SECTIONS.items():
-        missing = {f.name for f in fields(schema) if f.metadata} - set(table[section])
-        if missing:
-            raise KeyError(f"{section}.{sorted(missing)[0]}")
+    """Return a recorded config if all that this program reads of it is there and of its kind."""
+    for section, schema in [*SECTIONS.items(), *((name, GuardOptions) for name in table
+                                                 if name.startswith("guard."))]:
+        for option in fields(schema):
+            if not fits(table[section][option.name], option.default):
+                raise TypeError(f"{section}.{option.name} is {table[section][option.name]!r:.40}")
+    if not all(isinstance(keys, dict) for keys in table.values()):
+        raise TypeError("config holds a section that is none")
     return table
 
 
+def fits(value: Any, default: Any) -> bool:
+    """Tell whether a value from JSON may stand where loop.ini's default is this one."""
+    if default == ():
+        return type(value) is list and all(type(word) is str for word in value)
+    if isinstance(default, tuple):
+        return type(value) is list
+    if default is None or type(default) is float:
+        return type(value) in (*NUMERIC, *MISSING) or default is None and type(value) is list
+    return type(value) is type(default)
+
+
 NOTEWORTHY = (Reason.IMPLAUSIBLE, Reason.METRIC_NOT_FINITE, Reason.NOISE_UNCONFIRMED)
+
+
+ROOTS = ("seal_root", "outside_root", "share_root")     # what no session of a run may change
 
 
 class State:
@@ -4355,7 +4424,13 @@ class State:
         self.holdout.append((0, record["holdout"]))
 
     def _on_resume(self, record: Record) -> None:
-        self.config = checked_config(record["config"])
+        config = checked_config(record["config"])
+        others = changed_keys(self.start["config"], config)[1]
+        others += [name for name in ROOTS if record[name] != self.start[name]]
+        if others:
+            raise RecordBroken(f"ledger record {record['seq']}: goes on under another set-up "
+                               f"({', '.join(others)}), which no resume allows")
+        self.config = config
         self.stopped, self.closing = "", {}
         self.sessions += 1
         self.failures = self.voids = 0
@@ -5046,6 +5121,18 @@ def lfs_pointers(user: UserRepository, listed: Dict[bytes, Listed], held: str) -
         shutil.copyfile(source, os.path.join(held, oid))
         found.add(path)
     return frozenset(found)
+
+
+def is_locked(config: Config) -> bool:
+    """Tell whether a loop is at work on a run's state folder."""
+    try:
+        with open(os.path.join(config.state_folder, "lock"), "rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 class StateLock:
@@ -5822,7 +5909,8 @@ def hand_back(run: Run, ledger: Ledger) -> None:
                            f"(at {at[:12]}); it was left alone. Move it back to {tips[-1][:12]}, "
                            "or start a new run with --new")
     anchor, pack = run.store.write_anchor(
-        ledger.path, f"seq {ledger.records - 1} hash {ledger.head}\n", run.user, run.anchor)
+        ledger.path, f"seq {ledger.records - 1} hash {ledger.head}\n", run.user, state.base,
+        run.anchor)
     moves = [(ledger_ref, anchor, run.anchor)]
     if state.keeps and at != state.tip:
         moves.append((branch, state.tip, at))
@@ -6132,7 +6220,8 @@ def duel_canary(run: Run, gate: Gate, canary: Snapshot, samples: Sequence[float]
 
 def how_to_restore(config: Config) -> str:
     """Return the command that gets the ledger back from its anchor."""
-    return f"git archive {anchor_ref(config)} | tar -xOf - > {config.ledger_path}"
+    return (f'git -C "$(git rev-parse --show-toplevel)" archive {anchor_ref(config)} | tar -xOf - '
+            f"> {shlex.quote(config.ledger_path)}")
 
 
 class Anchor(NamedTuple):
@@ -6243,7 +6332,7 @@ def begin_anew(config: Config, user: UserRepository) -> str:
         return ""       # there is none
     with contextlib.suppress(RecordBroken, FileNotFoundError):  # it is set aside as it is
         fold_ledger(config, state, [])
-    ours = at and b"\nScalar-Loop-Ledger: " in user.repo.git("cat-file", "commit", at)
+    ours = at and at != "symbolic" and b"\nScalar-Loop-Ledger: " in user.repo.git("cat-file", "commit", at)
     look_around(gate, config, user, [user.head, state.base, *(row[1] for row in state.keeps),
                                      *([at] if ours else [])], user.head, fresh=True)
     gate.demand()
@@ -6454,12 +6543,19 @@ def reopen(config: Config, user: UserRepository, state: State, tmp: str, termina
                    argv, trees)
     gate.demand()
     now = environment_record(run)
-    for name in ("seal_root", "outside_root", "share_root"):
+    for name in ROOTS:
         if now[name] != state.start[name]:
             raise Refused(f"seal: {name} is not what it was when the run began (an interpreter, "
                           "shared folder or sealed file changed); put it back, or begin anew with "
                           "--new")
     return run
+
+
+def make_store(path: str, user: UserRepository, tip: str) -> Store:
+    """Make a store from the user's repository, with all that was kept from `user.head` to a tip."""
+    store = create_store(path, user)
+    copy_objects(user.repo, store.repo, f"{tip}\n^{user.head}\n".encode(), "--revs")
+    return store
 
 
 def mend_store(store: Store, user: UserRepository, state: State, damage: str) -> Snapshots:
@@ -6468,8 +6564,7 @@ def mend_store(store: Store, user: UserRepository, state: State, damage: str) ->
         if not user.repo.ref(f"{state.tip}^{{commit}}"):
             raise StoreDamaged("the last keep is not in the user's repository")
         remove_tree(store.repo.git_dir)
-        create_store(store.repo.git_dir, user)
-        copy_objects(user.repo, store.repo, f"{state.tip}\n^{state.base}\n".encode(), "--revs")
+        make_store(store.repo.git_dir, user, state.tip)
         folder = os.path.dirname(store.repo.git_dir)
         return take_snapshots(store, user, folder, state.base, state.tip)
     except (GitFailed, StoreDamaged) as error:
@@ -6517,11 +6612,14 @@ def learn_folders(run: Run) -> None:
 def move_run(config: Config, user: UserRepository, old: str, new: str) -> None:
     """Rename a run's state folder, branch and anchor, from one ending of their names to another."""
     folder, branch = config.state_folder, config.loop.branch
+    moves: List[Tuple[str, str, str]] = []
     for source, target in ((f"refs/heads/{branch}{old}", f"refs/heads/{branch}{new}"),
                            (anchor_ref(config, old), anchor_ref(config, new))):
         at = user.repo.ref(source)
         if at:
-            move_refs(user, [(target, at, ""), (source, "0" * len(at), at)])
+            moves += [(target, at, ""), (source, "0" * len(at), at)]
+    if moves:
+        move_refs(user, moves)
     os.makedirs(folder + new, 0o700, exist_ok=True)
     for entry in set(os.listdir(folder + new)) - {"lock"}:      # of a start that came to nothing
         remove_tree(os.path.join(folder + new, entry))
@@ -6543,6 +6641,14 @@ class Findings:
     warnings: List[str] = field(default_factory=list)
     checked: List[str] = field(default_factory=list)
     pending: bool = False       # the last record is on its way to the user's repository
+    failed: int = 0             # numbers that a replay did not see again
+
+    def tell(self, terminal: Terminal) -> None:
+        """Print all of them, a line each."""
+        for label, texts in (("ok", self.checked), ("warning", self.warnings),
+                             ("BROKEN", self.errors)):
+            for text in texts:
+                terminal.say(f"{label:<9s}{text}")
 
 
 def verify_command(config: Config, options: Options, terminal: Terminal, watch: Watch) -> int:
@@ -6550,21 +6656,37 @@ def verify_command(config: Config, options: Options, terminal: Terminal, watch: 
     if not os.path.exists(config.ledger_path):
         raise Refused(f"verify: there is no ledger at {config.ledger_path}; run the loop first, or "
                       f"get the one that was anchored ({how_to_restore(config)})")
-    findings = Findings()
     with private_folder(work_folder()) as tmp:
         user = open_user_repository(find_git(), private_home(tmp), config.folder)
-        state = verify_ledger(config, user, findings)
+        for _ in range(3):
+            state, findings = verify_once(config, user)
+            if not findings.errors or not is_locked(config):
+                break
+            time.sleep(.5)      # a loop is at work: one thing was read before its next step
+        findings.tell(terminal)
+        if state and options.replay and not findings.errors:
+            replayed = replay(config, user, state, tmp, terminal, watch)
+            replayed.tell(terminal)
+            findings.failed = replayed.failed
+    if findings.errors:
+        terminal.say("the record is broken")
+        return RecordBroken.exit_code
+    terminal.say("verified: the record is whole" + (
+        f", but {counted(findings.failed, 'number', 'was were')} not seen again here"
+        if findings.failed else ""))
+    return 0
+
+
+def verify_once(config: Config, user: UserRepository) -> Tuple[Optional[State], Findings]:
+    """Check ledger and repository; the state is None when the ledger is broken."""
+    findings = Findings()
+    state = verify_ledger(config, user, findings)
+    try:
         if state:
             verify_repository(config, user, state, findings)
-        if state and options.replay and not findings.errors:
-            replay(config, user, state, tmp, terminal, watch, findings)
-    for label, texts in (("ok", findings.checked), ("warning", findings.warnings),
-                         ("BROKEN", findings.errors)):
-        for text in texts:
-            terminal.say(f"{label:<9s}{text}")
-    terminal.say("verified: the record is whole" if not findings.errors else
-                 "the record is broken")
-    return RecordBroken.exit_code if findings.errors else 0
+    except (GitFailed, StoreDamaged) as error:
+        findings.errors.append(str(error))
+    return state, findings
 
 
 def verify_ledger(config: Config, user: UserRepository, findings: Findings) -> Optional[State]:
@@ -6579,6 +6701,7 @@ def verify_ledger(config: Config, user: UserRepository, findings: Findings) -> O
     try:
         anchor = read_anchor(user, config)
         fold_ledger(config, state, None, anchor, look)
+        check_copy(config, user, anchor)
         check_pending(config, state, anchor.seq, findings)
     except RecordBroken as error:
         findings.errors.append(str(error))
@@ -6586,13 +6709,29 @@ def verify_ledger(config: Config, user: UserRepository, findings: Findings) -> O
     findings.checked.append(
         f"chain of {counted(state.iterations, 'iteration')}, {counted(len(state.keeps), 'keep')}, "
         f"{counted(state.sessions, 'session')}")
-    others = changed_keys(state.config, config.resolved())[1]
+    others = [name for name in changed_keys(state.config, config.resolved())[1]
+              if name not in ("[loop] name", "[loop] branch")]      # a run that was set aside
     if others:
         findings.errors.append(f"loop.ini is not the run's: {', '.join(others)} changed since")
     with open(os.path.abspath(__file__), "rb") as stream:
         if hashlib.sha256(stream.read()).hexdigest() != state.start["tool_sha256"]:
             findings.warnings.append("this scalarloop.py is not the one that began the run")
     return state
+
+
+def check_copy(config: Config, user: UserRepository, anchor: Anchor) -> None:
+    """Compare the ledger with the copy that its anchor holds: the first bytes of it."""
+    if not anchor.commit:
+        return
+    with open_regular(config.ledger_path) as stream:
+        def compare(data: bytes) -> None:
+            if stream.read(len(data)) != data:
+                raise RecordBroken(f"the copy of the ledger in {anchor_ref(config)} is another one")
+
+        try:
+            Store(user.repo).read_anchor(anchor.commit, compare)
+        except (GitFailed, StoreDamaged) as error:
+            raise RecordBroken(f"{anchor_ref(config)}: {error}") from None
 
 
 def check_pending(config: Config, state: State, anchored: int, findings: Findings) -> None:
@@ -6621,14 +6760,22 @@ def verify_repository(config: Config, user: UserRepository, state: State, findin
         config.loop, scope=tuple(state.config["loop"]["scope"]),
         seal=tuple(state.config["loop"]["seal"]), ignore=tuple(state.config["loop"]["ignore"])))
     scope = make_scope(recorded, user.prefix)
-    branch = state.config["loop"]["branch"]
+    branch = config.loop.branch
     ref = f"refs/heads/{branch}"
     at = user.repo.refs([ref]).get(ref, "")
+    if os.path.exists(os.path.join(user.common_dir, "shallow")):
+        findings.warnings.append("this clone is shallow, so commits may be missing: git fetch "
+                                 "--unshallow")
     tips = ["", state.base, *(row[1] for row in state.keeps)]
     right = tips if findings.pending else [state.tip] if state.keeps else tips
     if at not in right:
+        hint = "" if at else f" (git fetch origin {branch}:{branch})"
         findings.errors.append(f"branch {branch} is at {at[:12] or 'nothing'}, the ledger says "
-                               f"{state.tip[:12] if state.keeps else 'nothing was kept'}")
+                               f"{state.tip[:12] if state.keeps else 'nothing was kept'}{hint}")
+        return
+    if findings.pending and not state.stopped and state.keeps and at == state.tip:
+        findings.errors.append(f"the branch has #{state.keeps[-1][0]}, the ledger's ref does not: "
+                               "they move together, so the ledger's tail was cut")
         return
     keeps = [row for row in state.keeps if tips.index(row[1]) <= max(tips.index(at), 1)] \
         if findings.pending else state.keeps    # the last one's objects may not be here yet
@@ -6642,6 +6789,7 @@ def verify_repository(config: Config, user: UserRepository, state: State, findin
             findings.errors.append(f"commit {commit[:12]} of #{n}: {problem}")
             return
         parent = commit
+    store.check_objects(parent, f"^{state.base}")
     findings.checked.append(f"branch {branch}: every commit in scope, anchored, in order")
     verify_seals(user, state, scope, keeps[-1][1] if keeps else state.base, findings)
 
@@ -6700,37 +6848,37 @@ def verify_seals(user: UserRepository, state: State, scope: Scope, tip: str, fin
 
 
 def replay(config: Config, user: UserRepository, state: State, tmp: str, terminal: Terminal,
-           watch: Watch, findings: Findings) -> None:
+           watch: Watch) -> Findings:
     """Measure the base and every keep again, from git alone, in fresh cleanrooms."""
-    user = replace(user, head=state.tip)
-    store = Store(user.repo)
-    scope = make_scope(config, user.prefix)
-    os.mkdir(os.path.join(tmp, "state"), 0o700)
+    findings = Findings()
     folder = os.path.join(tmp, "state")
+    os.mkdir(folder, 0o700)
+    store = make_store(os.path.join(folder, "store.git"), replace(user, head=state.base), state.tip)
     argv = resolve_command(config.metric.command, config.folder)
-    run = open_run(Gate(), config, user, store, folder, tmp, watch, terminal, scope, argv,
+    run = open_run(Gate(), config, user, store, folder, tmp, watch, terminal,
+                   make_scope(config, user.prefix), argv,
                    take_snapshots(store, user, folder, state.base, state.tip))
     run.state = state
     run_setup(run)
     learn_folders(run)
     gauge = metric_gauge(config)
     spread = 0.0 if state.noise.exact else 4 * sigma(state.noise.differences)
-    rows = [(0, state.base, state.baseline or 0.0), *state.keeps]
-    for n, commit, value in rows:
+    for n, commit, value in [(0, state.base, state.baseline or 0.0), *state.keeps]:
         snapshot = Snapshot(store.repo.line("rev-parse", f"{commit}^{{tree}}"),
                             take_manifest(store, commit, run.lfs))
         runs = 1 if state.noise.exact else 5
         found = [run.measure(gauge, snapshot) for _ in range(runs)]
         values = [one.value for one in found if one.value is not None]
-        label = "baseline" if n == 0 else f"#{n}"
-        if len(values) < len(found):
-            findings.warnings.append(f"replay {label}: fails here ({found[0].detail})")
-        elif abs(median(values) - value) <= spread:
-            findings.checked.append(f"replay {label}: {format_number(median(values))}, "
+        label = "replay baseline:" if n == 0 else f"replay #{n}:"
+        if len(values) == len(found) and abs(median(values) - value) <= spread:
+            findings.checked.append(f"{label} {format_number(median(values))}, "
                                     + ("exactly" if state.noise.exact else "within the noise"))
-        else:
-            findings.warnings.append(f"replay {label}: {format_number(median(values))}, recorded "
-                                     f"{format_number(value)}")
+            continue
+        findings.failed += 1
+        findings.warnings.append(
+            f"{label} fails here ({found[0].detail})" if len(values) < len(found) else
+            f"{label} {format_number(median(values))}, recorded {format_number(value)}")
+    return findings
 
 
 # ══ command line ═════════════════════════════════════════════════════════════════════════════════
@@ -6770,22 +6918,10 @@ def check_lock(gate: Gate, config: Config) -> None:
         gate.fail("lock", f"{place} can't be written; make it writable")
     elif os.path.islink(path):
         gate.fail("lock", f"{path} is a link; remove it")
-    elif is_locked(path):
+    elif is_locked(config):
         gate.fail("lock", "another loop runs on this state folder; wait for it")
     else:
         gate.ok("lock", f"no loop runs on {config.state_folder}")
-
-
-def is_locked(path: str) -> bool:
-    """Tell whether a loop holds this lock."""
-    try:
-        with open(path, "rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
 
 
 def check_command(config: Config, options: Options, terminal: Terminal, watch: Watch) -> int:
@@ -6820,8 +6956,7 @@ def read_state(config: Config) -> Tuple[State, Record]:
 def status_command(config: Config, options: Options, terminal: Terminal, watch: Watch) -> int:
     """Say where a run stands."""
     state, last = read_state(config)
-    under_way = ("running", "a loop is at work") \
-        if is_locked(os.path.join(config.state_folder, "lock")) \
+    under_way = ("running", "a loop is at work") if is_locked(config) \
         else ("cut off", "start again to go on")
     terminal.say(format_summary(config, state, last["hash"], last["seq"] + 1,
                                 *((state.stopped,) if state.stopped else under_way)))

@@ -68,13 +68,14 @@ class Project:
         self.config: Dict[str, Dict[str, Any]] = {k: dict(v) for k, v in CONFIG.items()}
         self.python = sys.executable
 
-    def git(self, *args: str, check: bool = True, cwd: Optional[Path] = None) -> str:
+    def git(self, *args: str, check: bool = True, cwd: Optional[Path] = None, stdin: str = "") -> str:
         """Run the real git in the user's repository."""
         env = {**os.environ, "GIT_AUTHOR_DATE": "@1700000000 +0000",
                "GIT_COMMITTER_DATE": "@1700000000 +0000"}
         identity = ["-c", "user.name=user", "-c", "user.email=user@example.com",
                     "-c", "commit.gpgsign=false", "-c", "init.defaultBranch=main"]
         done = subprocess.run(["git", *identity, *args], cwd=cwd or self.root, env=env,
+                              input=stdin.encode(),
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)
         if check and done.returncode:
             raise AssertionError(f"git {args}: {done.stderr.decode(errors='replace')}")

@@ -544,7 +544,7 @@ def test_killing_the_loop_takes_the_command_along(stage, level, survivors):
     """Landlock alone can't reach a daemon once the loop is gone; namespaces can."""
     job = stage.job("run", {"level": level}, argv=[stage.python, "-c", BEATS + "beat('main')"])
     driver = stage.start(job)
-    main, daemon = stage / "ws/main", stage / "ws/daemon"
+    main = stage / "ws/main"
     wait_for(lambda: os.path.exists(main) and os.path.getsize(main))
     driver.kill()
     driver.wait()

@@ -434,6 +434,34 @@ def test_a_ledger_touched_while_the_loop_runs_ends_it_at_once(project: Project, 
     assert project.git("show", "scalarloop/t:src/value.txt") == "90"      # what was kept before stays
 
 
+@pytest.mark.parametrize("act", ["os.link(ledger, ledger + '.backup')", "os.chmod(ledger, 0o640)"])
+def test_a_backup_s_link_and_a_chmod_are_no_tampering(project: Project, act: str) -> None:
+    """Its bytes, size, inode and time of change stay: the chain is read again, and the run goes on."""
+    project.turns(lower_by(10), f"""
+        import os
+        ledger = {str(project.state / "ledger.jsonl")!r}
+        {act}
+        """ + lower_by(10), lower_by(10))
+    result = project.run()
+    assert result.code == 0 and len(project.iterations()) == 3, result
+    assert project.call("verify").code == 0
+
+
+def test_bytes_changed_under_a_restored_time_are_found(project: Project) -> None:
+    project.turns(lower_by(10), f"""
+        import os
+        ledger = {str(project.state / "ledger.jsonl")!r}
+        status = os.stat(ledger)
+        with open(ledger, "r+b") as stream:
+            data = stream.read()
+            stream.seek(data.index(b"metric.better"))
+            stream.write(b"metric.bettes")
+        os.utime(ledger, ns=(status.st_atime_ns, status.st_mtime_ns))
+        """ + lower_by(10))
+    result = project.run()
+    assert result.code == 4 and "touched by somebody else" in result.err, result
+
+
 def test_a_branch_moved_while_the_loop_runs_is_left_alone(project: Project) -> None:
     project.turns(lower_by(10), f"""
         import subprocess
@@ -556,11 +584,11 @@ def test_a_long_ledger_is_anchored_in_pieces_that_are_written_once(project: Proj
     place = str(project.state / "store.git")
     store = scalarloop.Store(dataclasses.replace(user.repo, git_dir=place, work_tree="", cwd=place))
     ledger, chance = project.tmp / "ledger.jsonl", random.Random(1)
-    commit, sizes = "", []
+    commit, sizes, base = "", [], project.git("rev-parse", "main")
     for more in (100, 3 * scalarloop.PIECE, 1000, scalarloop.PIECE):
         with open(ledger, "ab") as stream:
             stream.write(bytes(chance.randrange(256) for _ in range(more)))
-        commit, pack = store.write_anchor(str(ledger), "anchor\n", user, commit)
+        commit, pack = store.write_anchor(str(ledger), "anchor\n", user, base, commit)
         scalarloop.hand_over(store, user, pack)
         project.git("update-ref", "refs/scalarloop/t/ledger", commit)
         sizes.append(os.path.getsize(os.path.join(store.packs, pack + ".pack")))

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import textwrap
-from pathlib import Path
 from typing import Dict
 
 import pytest

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -303,6 +304,33 @@ def test_new_that_comes_to_nothing_leaves_the_old_run_where_it_was(project: Proj
     project.git("revert", "--no-edit", "HEAD")
     project.turns(write(80))
     assert play(project, "--more", "1").code == 0 and short(project) == ["keep", "keep"]
+    whole(project)
+
+
+@pytest.mark.parametrize("left", ["refs", "ref", "branch"])
+def test_new_takes_a_number_that_is_free_everywhere(project: Project, left: str) -> None:
+    """Somebody who tidies up may leave the branch or the ledger's ref of an old run behind."""
+    project.turns(write(90))
+    assert play(project).code == play(project, "--new").code == 0
+    shutil.rmtree(project.state.with_name("t.1"))
+    if left == "ref":
+        project.git("branch", "-q", "-D", "scalarloop/t.1")
+    if left == "branch":
+        project.git("update-ref", "-d", "refs/scalarloop/t.1/ledger")
+    assert play(project, "--new").code == 0
+    assert project.state.with_name("t.2").is_dir() and project.git("rev-parse", "scalarloop/t.2")
+    whole(project)
+
+
+def test_new_sets_the_refs_of_a_run_aside_whose_folder_is_gone(project: Project) -> None:
+    project.turns(write(90))
+    assert play(project).code == 0
+    kept = project.git("rev-parse", "scalarloop/t")
+    shutil.rmtree(project.state.parent)
+    refused = play(project)
+    assert refused.code == 2 and "--new" in refused.err, refused
+    assert play(project, "--new").code == 0 and short(project) == ["keep"]
+    assert project.git("rev-parse", "scalarloop/t.1") == kept
     whole(project)
 
 

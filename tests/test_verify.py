@@ -14,8 +14,7 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 
-import scalarloop
-from conftest import TOOL, Project, chained, lower_by, make_project
+from conftest import TOOL, Project, chained, lower_by
 
 ANCHOR = "refs/scalarloop/t/ledger"
 BRANCH = "scalarloop/t"
@@ -281,10 +280,7 @@ def smuggle(project: Project, path: str, text: str, after: bool = False) -> None
 def anchor(project: Project, message: str) -> None:
     """Point the anchor at a commit of this message that holds the ledger."""
     blob = project.git("hash-object", "-w", "--no-filters", str(project.state / "ledger.jsonl"))
-    (project.tmp / "listing").write_text(f"100644 blob {blob}\tledger.jsonl\n")
-    with open(project.tmp / "listing", "rb") as listing:
-        tree = subprocess.run(["git", "mktree"], cwd=project.root, stdin=listing, check=True,
-                                         stdout=subprocess.PIPE).stdout.decode().strip()
+    tree = project.git("mktree", stdin=f"100644 blob {blob}\tledger.jsonl\n")
     project.git("update-ref", ANCHOR, project.git("commit-tree", tree, "-m", message))
 
 
@@ -292,6 +288,89 @@ def move_anchor(project: Project) -> None:
     """Let the anchor name the ledger's last record, as somebody may who can write the repository."""
     last = project.ledger()[-1]
     anchor(project, f"seq {last['seq']} hash {last['hash']}\n")
+
+
+@tamper("another set-up.*direction.*seal_root")
+def go_on_under_another_config(project: Project) -> None:
+    records = records_of(project)
+    start = records[0]
+    config = {**start["config"], "metric": {**start["config"]["metric"], "direction": "maximize"}}
+    records.append({**start, "type": "resume", "more": 2, "limits": [], "config": config,
+                    "seal_root": "1" * 64})
+    project.put_ledger(chained(records))
+
+
+@tamper("they move together")
+def cut_the_tail_and_put_the_anchor_back(project: Project) -> None:
+    records, lines = records_of(project), project.lines()
+    first, last = keeps_of(records)
+    place = records.index(first) + 1
+    project.put_ledger(b"".join(lines[:place]))
+    move_anchor(project)
+    project.put_ledger(b"".join(lines[:records.index(last) + 1]))
+
+
+@tamper("copy of the ledger")
+def put_another_file_into_the_anchor(project: Project) -> None:
+    last = project.ledger()[-1]
+    data = project.root / "garbage"
+    data.write_text("garbage\n")
+    blob = project.git("hash-object", "-w", str(data))
+    tree = project.git("mktree", stdin=f"100644 blob {blob}\tledger.jsonl\n")
+    commit = project.git("commit-tree", tree, "-m", f"seq {last['seq']} hash {last['hash']}")
+    project.git("update-ref", ANCHOR, commit)
+    data.unlink()
+
+
+@tamper("holds other bytes|hash mismatch")
+def rewrite_a_tree_of_the_tip_in_place(project: Project) -> None:
+    """Git hashes blobs' ids when they are written, and takes a tree for what it finds."""
+    rewrite_tree(project, project.git("rev-parse", f"{BRANCH}:src"))
+
+
+@tamper("holds other bytes|hash mismatch")
+def rewrite_a_tree_between_base_and_tip_in_place(project: Project) -> None:
+    rewrite_tree(project, project.git("rev-parse", f"{BRANCH}~1:src"))
+
+
+@tamper("hash mismatch|its parent")
+def rewrite_the_tip_s_commit_in_place(project: Project) -> None:
+    loosen(project)
+    other = project.git("commit-tree", f"{BRANCH}^{{tree}}", "-m", "x")
+    swap_objects(project, project.git("rev-parse", BRANCH), other)
+
+
+@tamper("is a link")
+def make_the_ledger_a_link(project: Project) -> None:
+    path = project.state / "ledger.jsonl"
+    path.rename(project.state / "elsewhere")
+    path.symlink_to("elsewhere")
+
+
+@tamper("not a regular file")
+def make_the_ledger_a_pipe(project: Project) -> None:
+    (project.state / "ledger.jsonl").unlink()
+    os.mkfifo(project.state / "ledger.jsonl")
+
+
+def rewrite_tree(project: Project, tree: str) -> None:
+    """Let this tree hold another value, under the same name."""
+    loosen(project)
+    (project.root / "forged").write_text("6666\n")
+    blob = project.git("hash-object", "-w", str(project.root / "forged"))
+    (project.root / "forged").unlink()
+    rows = project.git("ls-tree", tree).splitlines()
+    other = project.git("mktree", stdin="".join(
+        (f"100644 blob {blob}\tvalue.txt" if row.endswith("value.txt") else row) + "\n" for row in rows))
+    swap_objects(project, tree, other)
+
+
+def swap_objects(project: Project, name: str, content: str) -> None:
+    """Put the bytes of one loose object under the name of another."""
+    objects = project.root / ".git" / "objects"
+    target = objects / name[:2] / name[2:]
+    target.chmod(0o600)
+    target.write_bytes((objects / content[:2] / content[2:]).read_bytes())
 
 
 def loosen(project: Project) -> None:
@@ -507,6 +586,27 @@ def test_verify_writes_nothing(finished: Project) -> None:
     assert everything() == before and finished.leftovers() == []
 
 
+def test_a_replay_whose_holdout_has_files_writes_nothing_either(project: Project) -> None:
+    project.write("holdout/truth.txt", "100\n")
+    project.commit("the holdout's")
+    project.config["holdout"] = {"command": "python3 metric.py", "files": "holdout"}
+    project.config["metric"]["git"] = "yes"
+    project.turns(lower_by(10))
+    assert project.run().code == 0
+    objects = project.root / ".git" / "objects"
+    before = sorted(objects.rglob("*"))
+    result = project.call("verify", "--replay")
+    assert result.code == 0 and result.out.count("exactly") == 2, result
+    assert sorted(objects.rglob("*")) == before
+
+
+def test_a_replay_of_a_run_without_keeps(project: Project) -> None:
+    project.turns(lower_by(-10))
+    assert project.run().code == 0
+    result = project.call("verify", "--replay")
+    assert result.code == 0 and result.out.count("exactly") == 1, result
+
+
 # ---- a stranger
 
 def test_a_stranger_can_check_the_run_from_a_clone_alone(finished: Project, tmp_path: Path) -> None:
@@ -598,6 +698,80 @@ def test_replay_does_not_run_on_a_broken_record(finished: Project, tmp_path: Pat
     change_a_byte(finished)
     result = finished.call("verify", "--replay")
     assert result.code == 4 and "replay" not in result.out
+
+
+def test_a_cut_tail_of_a_run_with_one_keep_is_found_though_its_anchor_is_gone(project: Project) -> None:
+    project.turns(lower_by(10), lower_by(-5), lower_by(-7))
+    assert project.run().code == 0
+    records, lines = records_of(project), project.lines()
+    project.put_ledger(b"".join(lines[:records.index(keeps_of(records)[0]) + 1]))
+    project.git("update-ref", "-d", ANCHOR)
+    result = project.call("verify")
+    assert result.code == 4 and "tail was cut" in result.out, result
+
+
+@pytest.mark.parametrize("section, name, value", [
+    ("loop", "scope", 5), ("loop", "scope", [5]), ("loop", "seal", None), ("loop", "ignore", [None]),
+    ("loop", "iterations", "x"), ("loop", "branch", 7), ("metric", "direction", []), ("more", "", 5),
+    ("guard.x", "command", ["true"]), ("loop", "budget", {})])
+@pytest.mark.parametrize("kind", ["start", "resume"])
+def test_a_config_of_another_kind_in_a_record_is_a_broken_record(
+        finished: Project, kind: str, section: str, name: str, value: Any) -> None:
+    records = records_of(finished)
+    config = json.loads(json.dumps(records[0]["config"]))
+    if name:
+        config.setdefault(section, {})[name] = value
+    else:
+        config[section] = value
+    if kind == "start":
+        records[0]["config"] = config
+    else:
+        records.append({**records[0], "type": "resume", "more": 2, "limits": [], "config": config})
+    finished.put_ledger(chained(records))
+    for words in (["verify"], ["status"], ["check"], []):
+        result = finished.call(*words)
+        assert result.code == 4 and "Traceback" not in result.err, (words, result)
+
+
+# ---- what is no tampering
+
+def test_a_run_without_keeps_outlives_its_amended_and_pruned_base(project: Project) -> None:
+    project.turns(lower_by(-10), lower_by(-20))
+    assert project.run().code == 0
+    project.git("commit", "-q", "--amend", "-m", "another")
+    project.git("reflog", "expire", "--expire=now", "--all")
+    project.git("gc", "--quiet", "--prune=now")
+    assert project.call("verify").code == 0
+    project.turns(lower_by(10))
+    result = project.run("--more", "2")
+    assert result.code == 0 and "not part of it" in result.out, result
+    assert project.call("verify").code == 0 and project.git("fsck", "--strict", "--no-dangling") == ""
+
+
+def test_a_run_that_was_set_aside_can_be_verified(finished: Project) -> None:
+    assert finished.call("--new").code == 0
+    assert finished.call("verify").code == 0
+    finished.config["loop"]["name"] = "t.1"
+    finished.save_config()
+    result = finished.call("verify", "--replay")
+    assert result.code == 0 and "scalarloop/t.1" in result.out, result
+
+
+def test_a_clone_without_the_branch_is_told_how_to_get_it(finished: Project) -> None:
+    finished.git("update-ref", "-d", f"refs/heads/{BRANCH}")
+    result = finished.call("verify")
+    assert result.code == 4 and f"git fetch origin {BRANCH}:{BRANCH}" in result.out, result
+
+
+def test_the_command_that_is_named_gets_the_ledger_back(finished: Project) -> None:
+    whole = finished.lines()
+    finished.put_ledger(b"".join(whole[:-1]))
+    result = finished.call()
+    assert result.code == 4, result
+    command = re.search(r"back \((git .*? > .*?)\), or", result.err)[1]
+    (finished.root / "src" / "deep").mkdir()
+    subprocess.run(["sh", "-c", command], cwd=finished.root / "src" / "deep", check=True)
+    assert finished.lines() == whole and finished.call("verify").code == 0
 
 
 # ---- with a key
