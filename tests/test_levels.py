@@ -397,6 +397,7 @@ ALONE = {   # at portable these break the run: how it, the next start and `verif
     "d33_reach_the_loop.kill": (-9, 0, 0), "d33_reach_the_loop.limit": (1, 0, 0),
     "d34_write_outside.settings": (0, 2, 4), "d34_write_outside.ledger_append": (4, 4, 4),
     "d34_write_outside.ledger_rewrite": (4, 4, 4), "d34_write_outside.store": (1, 0, 0)}
+BY_BOTH = [("d33_reach_the_loop.kill", "portable"), ("d33_reach_the_loop.limit", "portable")]
 CHANGED = {     # what the acts that are not stopped may change, and nothing else
     "portable": ("project/README", "project/.git/config", "project/.git/hooks", "project/data/mode.txt",
                  "project/data/time.txt", "project/.scalarloop/t/planted", "tool/scalarloop.py", "/tmp",
@@ -505,7 +506,7 @@ def act_alone(user: str, level: str, act: str) -> Siege:
     """Play one act that breaks the run, by the agent and (where it can) by the metric; start again."""
     threat = next(threat for turn in TURNS for threat in turn if threat.act == act)
     siege = Siege(user, level, [[threat._replace(turns="agent")]])
-    if ALONE[act][1] == 0:
+    if (act, level) in BY_BOTH:
         siege.again(plans=[{"agent": [], "metric": [act]}, HONEST])
     siege.again(plans=[HONEST, HONEST])
     siege.results.append(siege.yard.run("verify"))
@@ -596,7 +597,8 @@ def test_threat(threat: Threat, level: str, user: str) -> None:
         assert seen and seen <= REFUSED | {"ENOENT"}, seen
     if threat.act in ALONE and level == "portable":
         codes, (first, after, verified) = siege.codes(), ALONE[threat.act]
-        assert codes == [first] * (2 if after == 0 else 1) + [after, verified], siege.results
+        starts = 2 if (threat.act, level) in BY_BOTH else 1
+        assert codes == [first] * starts + [after, verified], siege.results
 
 
 @both_users
