@@ -753,7 +753,9 @@ def parse_section(schema: Any, keys: Dict[str, str], at: str, problems: List[str
     found: Dict[str, Any] = {}
     for name, text in keys.items():
         if name not in known:
-            problems.append(f"{at} {printable(name)}: unknown key" + close_match(name, list(known)))
+            home = next((other for other in SECTIONS if name in known_keys(other)), "")
+            problems.append(f"{at} {printable(name)}: unknown key" + (
+                f" (it belongs to [{home}])" if home else close_match(name, list(known))))
             continue
         try:
             if "\0" in text:
@@ -2120,7 +2122,7 @@ def isolation_rows(config: Config, isolation: Isolation) -> List[Tuple[str, str]
                        "claim; it was not witnessed. The "
                        "agent's:")] if isolation.level == "external" else []
     rows += [("ok", f"{isolation.fence.level}: " + "; ".join(words for _, words, _ in held))]
-    rows += [("notice", f"not in force: {words} ({name}: "
+    rows += [("notice", f"not in force: {name}, that {words} (seen: "
                         f"{printable(fact.seen, 100) or 'no witness'})")
              for name, words, fact in open_]
     return rows + [("notice", f"no better level: {note}") for note in isolation.notes]
@@ -3577,7 +3579,7 @@ class Cleanroom:
         if gauge.produce:
             made, _ = self._run(gauge, f"{gauge.key}.produce", gauge.produce, tree, manifest, seed)
             if made.reason:
-                return made
+                return replace(made, detail=f"produce: {made.detail}")
             seconds, outputs = made.seconds, self._outputs(gauge, tree)
             if not outputs:
                 return Measurement(None, Reason.METRIC_NO_OUTPUT, "produce left no file that "
@@ -4681,6 +4683,8 @@ def format_iteration(record: Record, best_before: Optional[float]) -> str:
         + sum(record["failed_seconds"])
     why = record["reason"]
     extra = record["detail"] or record["evidence"]
+    if record["verdict"] == Verdict.AGENT_FAILED and record["note"]:
+        extra += f", its last words: {record['note']}"
     if extra:
         why += f": {printable(extra, 90)}"
     if record["turns"] > 1:
@@ -4744,6 +4748,8 @@ def format_summary(config: Config, state: State, head: str, records: int, reason
     else:
         lines.append("branch     none: nothing was kept")
     lines.append(f"ledger     {records - 1} {head}")
+    if reason == "failures":
+        lines.append(f"look       {config.state_folder}/iterations/{state.iterations:04d}/agent.log")
     if reason in STOP_EXIT and reason not in FINAL_STOPS:
         lines.append("next       start again to go on")
     return "\n".join(lines)
@@ -5065,7 +5071,7 @@ def check_commands(gate: Gate, config: Config, user: UserRepository,
         if os.sep in word and not os.path.isabs(word) and row is None:
             if not word.startswith(shared) and not config.metric.setup:
                 gate.fail(section, f"{shown} is not a tracked file, so the metric won't see it; "
-                          "commit it, or correct the command")
+                          "commit it, name its folder in [loop] share, or correct the command")
         elif row is not None and row.mode != EXECUTABLE:
             gate.fail(section, f"{shown} is not executable; chmod +x and commit it")
         elif not os.path.isfile(path):
@@ -5337,6 +5343,7 @@ class CleanroomTrial:
         self.run, self.work, self.tree = run, work, candidate
         self.gauge, self.sign = metric_gauge(run.config), run.config.sign
         self.failed: Optional[Measurement] = None
+        self.pairs = 0
 
     def candidate(self) -> Optional[float]:
         """Return one fresh run of the candidate, None if it failed."""
@@ -5360,7 +5367,8 @@ class CleanroomTrial:
 
     def pair(self) -> Tuple[float, Optional[float]]:
         """Return a fresh run of both; a pair whose incumbent fails is void and run once more."""
-        self.run.terminal.doing(f"#{self.work.n} comparing with the incumbent")
+        self.pairs += 1
+        self.run.terminal.doing(f"#{self.work.n} comparing with the incumbent, pair {self.pairs}")
         for _ in range(2):
             standing, rival = self.run.measure_pair(self.gauge, self.run.incumbent, self.tree,
                                                     self.work.metric_seconds)
@@ -6945,17 +6953,34 @@ def check_command(config: Config, options: Options, terminal: Terminal, watch: W
     return Refused.exit_code if failed else 0
 
 
-def read_state(config: Config) -> Tuple[State, Record]:
-    """Return the state of a run and its last record; refuse when there is none."""
+def read_state(config: Config, look: Optional[Callable[[State, Record], None]] = None
+               ) -> Tuple[State, Record]:
+    """Return the state of a run and its last record; refuse when there is none.
+
+    `look` gets every record, with the state before it.
+    """
     if not has_begun(config):
         raise Refused(f"status: there is no run yet at {config.state_folder}; start one")
     state = State()
-    return state, fold_ledger(config, state, [])
+    seen = functools.partial(look, state) if look else None
+    return state, fold_ledger(config, state, [], look=seen)
 
 
 def status_command(config: Config, options: Options, terminal: Terminal, watch: Watch) -> int:
-    """Say where a run stands."""
-    state, last = read_state(config)
+    """Say where a run stands: its keeps, its last iterations, its totals."""
+    lines: Dict[str, Deque[Tuple[int, str]]] = {"keep": deque(maxlen=100), "": deque(maxlen=10)}
+
+    def look(state: State, record: Record) -> None:
+        if record["type"] == "iteration":
+            with contextlib.suppress(KeyError, TypeError, ValueError):     # `advance` complains
+                row = (record["n"], format_iteration(record, state.best))
+                lines[""].append(row)
+                if record["verdict"] == Verdict.KEEP:
+                    lines["keep"].append(row)
+
+    state, last = read_state(config, look)
+    for _, line in sorted({*lines["keep"], *lines[""]}):
+        terminal.say(line)
     under_way = ("running", "a loop is at work") if is_locked(config) \
         else ("cut off", "start again to go on")
     terminal.say(format_summary(config, state, last["hash"], last["seq"] + 1,
