@@ -77,7 +77,7 @@ import warnings
 from collections import deque
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
-                    NamedTuple, Optional, Pattern, Protocol, Sequence, Set, Tuple)
+                    NamedTuple, Optional, Pattern, Protocol, Sequence, Set, Tuple, Union)
 
 __version__ = "0.1.0"
 
@@ -847,6 +847,18 @@ def changed_keys(old: Dict[str, Dict[str, Any]], new: Dict[str, Dict[str, Any]]
 
 
 # ══ text and files ═══════════════════════════════════════════════════════════════════════════════
+
+def open_regular(path: Union[str, bytes]) -> Any:
+    """Open a regular file for reading; never follows a link, never blocks.
+
+    Raises OSError, with ELOOP for a link and EINVAL for a folder, a pipe or a device.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return open(descriptor, "rb")
+
 
 def sync_path(path: str) -> None:
     """Flush a file or folder to disk; one that does not exist is nothing to flush."""
@@ -2758,10 +2770,7 @@ def manifest_root(entries: Iterable[Tuple[bytes, Entry]]) -> str:
 
 def hash_file(path: bytes) -> Tuple[bytes, int]:
     """Return the SHA-256 and the size of a regular file; never follows a link, never blocks."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb", buffering=0) as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError("not a regular file")
+    with open_regular(path) as stream:
         digest, size = hashlib.sha256(), 0
         for chunk in iter(lambda: stream.read(CHUNK), b""):
             digest.update(chunk)
@@ -3355,8 +3364,7 @@ def read_edits(tree: Tree, changes: Sequence[Change], most: int) -> Dict[bytes, 
         if total > most:
             raise CensusError(Reason.OVERSIZE, change.path)
         try:
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            with open(os.open(os.path.join(tree.root, change.path), flags), "rb") as stream:
+            with open_regular(os.path.join(tree.root, change.path)) as stream:
                 data = stream.read(most + 1)
         except PermissionError:
             raise CensusError(Reason.UNREADABLE, change.path) from None
@@ -4164,6 +4172,8 @@ def read_ledger(path: str, secret: Optional[bytes], torn: Optional[List[bytes]] 
     canonical form. An unterminated last line is appended to `torn` when given, else broken.
     """
     prev, seq = FIRST_PREV, 0
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        raise RecordBroken(f"ledger: {path} is not a regular file")
     with open_regular(path) as stream:
         for number, line in enumerate(stream, 1):
             where = f"ledger line {number}"
@@ -4197,21 +4207,6 @@ def read_ledger(path: str, secret: Optional[bytes], torn: Optional[List[bytes]] 
                 raise RecordBroken(f"{where}: is of a version that this program does not know")
             prev, seq = record["hash"], seq + 1
             yield record
-
-
-def open_regular(path: str) -> Any:
-    """Open a ledger for reading; raise RecordBroken for a link, or for what would block a reader.
-    """
-    try:
-        stream = open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise RecordBroken(f"ledger: {path} is a link; put the file itself there") from None
-        raise
-    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-        stream.close()
-        raise RecordBroken(f"ledger: {path} is not a regular file")
-    return stream
 
 
 class Ledger:
@@ -4749,7 +4744,8 @@ def format_summary(config: Config, state: State, head: str, records: int, reason
         lines.append("branch     none: nothing was kept")
     lines.append(f"ledger     {records - 1} {head}")
     if reason == "failures":
-        lines.append(f"look       {config.state_folder}/iterations/{state.iterations:04d}/agent.log")
+        lines.append("look       " + os.path.join(config.state_folder, "iterations",
+                                                  f"{state.iterations:04d}", "agent.log"))
     if reason in STOP_EXIT and reason not in FINAL_STOPS:
         lines.append("next       start again to go on")
     return "\n".join(lines)
@@ -5812,10 +5808,8 @@ def save_memory(run: Run) -> None:
         return
     path = os.path.join(run.workspace.root, run.scope.prefix, run.config.loop.memory.encode())
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as stream:
-            if stat.S_ISREG(os.fstat(descriptor).st_mode):
-                write_file(os.path.join(run.folder, "memory"), stream.read(1 << 18))
+        with open_regular(path) as stream:
+            write_file(os.path.join(run.folder, "memory"), stream.read(1 << 18))
     except OSError:
         pass    # it has none, or made it something that is not a file: the old one stands
 
@@ -6340,7 +6334,8 @@ def begin_anew(config: Config, user: UserRepository) -> str:
         return ""       # there is none
     with contextlib.suppress(RecordBroken, FileNotFoundError):  # it is set aside as it is
         fold_ledger(config, state, [])
-    ours = at and at != "symbolic" and b"\nScalar-Loop-Ledger: " in user.repo.git("cat-file", "commit", at)
+    ours = at and at != "symbolic" \
+        and b"\nScalar-Loop-Ledger: " in user.repo.git("cat-file", "commit", at)
     look_around(gate, config, user, [user.head, state.base, *(row[1] for row in state.keeps),
                                      *([at] if ours else [])], user.head, fresh=True)
     gate.demand()

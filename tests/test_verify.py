@@ -340,7 +340,7 @@ def rewrite_the_tip_s_commit_in_place(project: Project) -> None:
     swap_objects(project, project.git("rev-parse", BRANCH), other)
 
 
-@tamper("is a link")
+@tamper("not a regular file")
 def make_the_ledger_a_link(project: Project) -> None:
     path = project.state / "ledger.jsonl"
     path.rename(project.state / "elsewhere")
