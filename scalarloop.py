@@ -6296,15 +6296,15 @@ def run_command(config: Config, options: Options, terminal: Terminal, watch: Wat
                 run = resume(config, options, user, tmp, terminal, watch)
             else:
                 aside = begin_anew(config, user) if options.new else ""
-                if aside:
-                    terminal.say(f"old run      kept beside: {config.state_folder}{aside}, branch "
-                                 f"{config.loop.branch}{aside}")
                 try:
                     run = start(config, user, tmp, terminal, watch)
                 except BaseException:
                     if aside and not has_begun(config):
                         move_run(config, user, aside, "")       # nothing came of the new one
                     raise
+                if aside:
+                    terminal.say(f"old run      kept beside: {config.state_folder}{aside}, branch "
+                                 f"{config.loop.branch}{aside}")
             begun = True
             return carry_on(run) if run else 0
     finally:
@@ -6314,7 +6314,9 @@ def run_command(config: Config, options: Options, terminal: Terminal, watch: Wat
 def has_begun(config: Config) -> bool:
     """Tell whether a run's ledger holds more than a start that was cut off in its first write."""
     try:
-        with open(config.ledger_path, "rb") as stream:
+        if not stat.S_ISREG(os.lstat(config.ledger_path).st_mode):
+            return True         # something is there: whoever reads it says what
+        with open_regular(config.ledger_path) as stream:
             first, second = stream.readline(), stream.readline()
     except FileNotFoundError:
         return False

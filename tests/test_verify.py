@@ -733,6 +733,14 @@ def test_a_config_of_another_kind_in_a_record_is_a_broken_record(
         assert result.code == 4 and "Traceback" not in result.err, (words, result)
 
 
+@pytest.mark.parametrize("act", [make_the_ledger_a_link, make_the_ledger_a_pipe])
+def test_no_command_follows_or_waits_for_what_stands_for_a_ledger(finished: Project, act: Tamper) -> None:
+    act(finished)
+    for words in (["status"], ["prompt"], ["check"], [], ["--more", "1"]):
+        result = finished.call(*words)
+        assert result.code == 4 and "not a regular file" in result.err + result.out, (words, result)
+
+
 # ---- what is no tampering
 
 def test_a_run_without_keeps_outlives_its_amended_and_pruned_base(project: Project) -> None:
