@@ -634,6 +634,54 @@ def test_a_project_in_a_folder_with_an_odd_name(project: Project, name: str) -> 
     passes(project)
 
 
+def test_a_glob_that_matches_nothing_is_a_notice(project: Project) -> None:
+    project.config["loop"]["scope"] = "src/** lib/**"
+    passes(project, "lib/** matches no tracked file")
+
+
+def test_a_file_that_a_command_names_and_nobody_committed_is_a_notice(project: Project) -> None:
+    project.write("extra.txt", "mine")
+    project.config["metric"]["command"] = "python3 metric.py extra.txt"
+    passes(project, "extra.txt is not a tracked file")
+
+
+def test_a_shared_folder_is_not_called_unseen(project: Project) -> None:
+    project.write("node_modules/a.js", "1")
+    project.config["loop"]["share"] = "node_modules"
+    assert "node_modules" not in passes(project).out
+
+
+def test_what_the_user_will_run_after_a_merge_is_a_notice_when_it_is_in_scope(project: Project) -> None:
+    shutil.copy(TOOL, project.root / "scalarloop.py")
+    project.commit("the vendored tool")
+    project.config["loop"]["scope"] = "src/** *.py"
+    project.config["loop"]["seal"] = "metric.py"
+    project.turns(LOWER)
+    project.save_config()
+    result = subprocess.run([sys.executable, "scalarloop.py", "check", "loop.ini"], cwd=project.root,
+                            stdout=subprocess.PIPE)
+    assert b"scalarloop.py is in scope: the agent may change" in result.stdout
+
+
+def test_the_candidate_that_produce_runs_may_be_in_scope(project: Project) -> None:
+    project.write("src/train.py", "open('out.txt', 'w').write(open('src/value.txt').read())\n")
+    project.write("score.py", "print('METRIC value=' + open('out.txt').read())\n")
+    project.commit("two steps")
+    project.config["metric"].update(produce="python3 src/train.py", outputs="out.txt",
+                                    command="python3 score.py")
+    assert "speaks for itself" not in passes(project).out
+
+
+def test_check_says_that_a_start_would_not_go_on_under_another_config(project: Project) -> None:
+    passes(project)
+    result = project.call("check")
+    assert result.code == 0 and "finished (iterations); --more N goes on" in result.out, result
+    project.config["loop"]["goal"] = "Another one."
+    project.save_config()
+    code, failed = checked(project)
+    assert code == 2 and "[loop] goal changed" in failed["record"] and "--new" in failed["record"]
+
+
 def test_a_command_that_names_a_file_in_scope_is_a_loud_notice(project: Project) -> None:
     project.write("src/train.py", 'print("METRIC value=%s" % open("src/value.txt").read())')
     project.commit()

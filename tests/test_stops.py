@@ -1017,3 +1017,42 @@ def test_the_agent_and_the_metric_run_where_they_should(project: Project) -> Non
     for place in (cwd, *seen(book)):
         assert not place.startswith(str(project.root)) and place.endswith("/sub")
     assert project.git("show", "scalarloop/t:sub/code/value.txt") == "90"
+
+
+def test_the_words_of_a_maximized_metric_are_in_the_user_s_direction(project: Project) -> None:
+    project.turns(write(90), write(110))
+    project.config["metric"]["direction"] = "maximize"
+    result = play(project)
+    assert "one run 90, reference 100, needed above 100" in result.out, result
+    assert project.iterations()[0]["evidence"] == "one run 90, reference 100, needed above 100"
+    assert short(project) == ["discard", "keep"]
+
+
+def test_a_folder_that_became_empty_is_no_fault_of_the_machine(project: Project) -> None:
+    project.write("src/sub/only.txt", "x")
+    project.commit("a folder with one file")
+    project.turns("""
+        import os
+        os.unlink("src/sub/only.txt")
+        """ + write(90), write(80), """
+        import os
+        os.makedirs("src/sub")
+        open("src/sub/new.txt", "w").close()
+        """ + write(70))
+    assert play(project).code == 0 and short(project) == ["keep", "keep", "keep"]
+    whole(project)
+
+
+def test_status_shows_the_night_and_whether_a_loop_is_at_work(project: Project) -> None:
+    project.turns(write(90), write(95), f"""
+        import subprocess
+        shown = subprocess.run({[project.python, str(TOOL), "status", "loop.ini"]!r}, cwd={str(project.root)!r},
+                               stdout=subprocess.PIPE).stdout
+        open({str(project.tmp / "shown")!r}, "wb").write(shown)
+        """ + write(80))
+    project.config["isolation"] = {"level": "portable"}
+    assert play(project).code == 0
+    shown = (project.tmp / "shown").read_text()
+    assert "#1   keep" in shown and "#2   discard" in shown and "a loop is at work (running)" in shown
+    after = project.call("status")
+    assert after.code == 0 and "#3   keep" in after.out and "stopped" in after.out, after
