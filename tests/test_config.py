@@ -118,6 +118,9 @@ BAD: List[Tuple[str, str, Tuple[str, ...], str]] = [
     ("loop", "scope", ("",), "at least one word"),
     ("loop", "scope", LEAVING, "globs relative to loop.ini's folder"),
     ("loop", "scope", ("'src/**", "src/\\"), "balanced quotes"),
+    *((section, key, ("one, two", "one,"), "without the comma after 'one'") for section, key in (
+        ("loop", "scope"), ("loop", "seal"), ("loop", "share"), ("loop", "ignore"), ("agent", "writable"),
+        ("metric", "outputs"), ("metric", "cache"), ("holdout", "files"))),
     ("loop", "seal", ("", "''"), "at least one word"),
     ("loop", "share", ("/", "../x", "a/./b"), "a path relative"),
     ("loop", "ignore", LEAVING, "globs relative"),
@@ -204,7 +207,7 @@ def problems(folder: Path, text: Any, name: str = "loop.ini") -> List[str]:
     with pytest.raises(ConfigError) as caught:
         load(folder, text, name)
     lines = str(caught.value).split("\n")
-    assert all(line.startswith(f"{name}: ") and line.isprintable() for line in lines), lines
+    assert all(line.startswith((f"{name}: ", "... and ")) and line.isprintable() for line in lines), lines
     assert caught.value.exit_code == 2
     return lines
 
@@ -336,6 +339,17 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path, section: str, key: str
 def test_an_unknown_key_that_is_like_no_other_gets_the_list(tmp_path: Path) -> None:
     line = the_problem(tmp_path, with_keys(("isolation", "qqq", "1")))
     assert line == "loop.ini: [isolation] qqq: unknown key (expected one of: level, require)"
+
+
+def test_a_key_of_another_section_is_sent_there(tmp_path: Path) -> None:
+    line, = problems(tmp_path, "[loop]\ngoal = g\nscope = s\nmax_cost = 5\n[metric]\ncommand = m\n")
+    assert line == "loop.ini: [loop] max_cost: unknown key (it belongs to [agent])"
+
+
+def test_of_hundreds_of_problems_twenty_are_told(tmp_path: Path) -> None:
+    lines = problems(tmp_path, "".join(f"word {n}\n" for n in range(500)))
+    assert len(lines) == 21 and re.fullmatch(r"\.\.\. and 4\d\d more", lines[-1]), lines
+
 
 
 @pytest.mark.parametrize("section, match", [
