@@ -1233,7 +1233,7 @@ def private_folder(parent: Optional[str] = None, announce: Callable[[str], None]
     `announce` gets its path before it exists, so that no crash can leave an unknown one.
     """
     root = os.path.realpath(parent or tempfile.gettempdir())
-    prefix = "t-" if "/scalarloop-" in root else "scalarloop-"      # short: sockets go in there
+    prefix = "scalarloop-" if parent in (None, "/var/tmp") else "t-"     # short: sockets go there
     while True:
         path = os.path.join(root, prefix + os.urandom(3).hex())
         if os.path.lexists(path):
