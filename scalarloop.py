@@ -6323,6 +6323,15 @@ def has_begun(config: Config) -> bool:
     return second.endswith(b"\n") or first.endswith(b"\n") and b'"type":"start"' not in first
 
 
+def found_elsewhere(config: Config, user: UserRepository) -> str:
+    """Return the ledger of a run of this name in another work tree of the repository, or ""."""
+    rows = user.repo.git("worktree", "list", "--porcelain").splitlines()
+    ledger = os.path.relpath(config.ledger_path, config.folder)
+    paths = [os.path.join(os.fsdecode(row[9:] + b"/" + user.prefix), ledger) for row in rows
+             if row.startswith(b"worktree ")]
+    return next(filter(os.path.exists, paths), "")
+
+
 def begin_anew(config: Config, user: UserRepository) -> str:
     """Set the old run aside for `--new`, if nothing that can be looked at forbids a new one.
 
@@ -6332,8 +6341,12 @@ def begin_anew(config: Config, user: UserRepository) -> str:
     state = State()
     branch = f"refs/heads/{config.loop.branch}"
     at = user.repo.refs([branch]).get(branch, "")
-    if not has_begun(config) and not user.repo.ref(anchor_ref(config)):
-        return ""       # there is none
+    if not has_begun(config):
+        if not user.repo.ref(anchor_ref(config)):
+            return ""       # there is none
+        if found_elsewhere(config, user):
+            raise Refused(f"record: {found_elsewhere(config, user)} is that run's; give this one "
+                          "another [loop] name")
     with contextlib.suppress(RecordBroken, FileNotFoundError):  # it is set aside as it is
         fold_ledger(config, state, [])
     ours = at and at != "symbolic" \
@@ -6419,16 +6432,13 @@ def start(config: Config, user: UserRepository, tmp: str, terminal: Terminal, wa
     return run
 
 
-def pass_gate(gate: Gate, config: Config, user: UserRepository, folder: str, tmp: str,
-              terminal: Terminal, watch: Watch) -> Tuple[Optional[Run], Optional[Baseline]]:
-    """Check every condition of a new run in `folder`; the metric runs only if the rest holds."""
-    gate.ok("config", f"{os.path.basename(config.path)} ({config.loop.name})")
-    gate.ok("git", f"{user.top} ({user.algorithm})")
-    tips = [user.head]
-    begun = has_begun(config)
-    if begun:
+def check_record(gate: Gate, config: Config, user: UserRepository) -> List[str]:
+    """Look at what an earlier run of this name left; return where its branch may be."""
+    tips: List[str] = []
+    ref = anchor_ref(config)
+    if has_begun(config):
         state = read_state(config)[0]
-        tips += run_tips(state)
+        tips = run_tips(state)
         here = f"a run of {counted(state.iterations, 'iteration')} is here"
         others = changed_keys(state.config, config.resolved())[1]
         if others:
@@ -6439,14 +6449,24 @@ def pass_gate(gate: Gate, config: Config, user: UserRepository, folder: str, tmp
                         + how_to_go_on(state.stopped))
         else:
             gate.notice("record", f"{here}: a start goes on with it, --new begins anew")
-    scope, argv, _ = look_around(gate, config, user, tips, user.head, fresh=True)
-    ref = anchor_ref(config)
+    elif user.repo.ref(ref):
+        place = found_elsewhere(config, user)
+        gate.fail("record", f"{ref} is that of {place}; give this run another [loop] name" if place
+                  else f"{ref} holds the ledger of an earlier run whose state folder is gone; "
+                  "--new sets its branch and ref aside")
     if user.repo.refs([os.path.dirname(ref)]):
-        gate.fail("record", f"{os.path.dirname(ref)} is a ref, so the ledger's can't "
-                  "be made beside it; remove it, or give this run another [loop] name")
-    if user.repo.ref(ref) and not begun:
-        gate.fail("record", f"{ref} holds the ledger of an earlier run whose state "
-                  "folder is gone; --new sets its branch and ref aside")
+        gate.fail("record", f"{os.path.dirname(ref)} is a ref, so the ledger's can't be made "
+                  "beside it; remove it, or give this run another [loop] name")
+    return tips
+
+
+def pass_gate(gate: Gate, config: Config, user: UserRepository, folder: str, tmp: str,
+              terminal: Terminal, watch: Watch) -> Tuple[Optional[Run], Optional[Baseline]]:
+    """Check every condition of a new run in `folder`; the metric runs only if the rest holds."""
+    gate.ok("config", f"{os.path.basename(config.path)} ({config.loop.name})")
+    gate.ok("git", f"{user.top} ({user.algorithm})")
+    tips = [user.head, *check_record(gate, config, user)]
+    scope, argv, _ = look_around(gate, config, user, tips, user.head, fresh=True)
     if any(row.state == "FAILED" for row in gate.rows):
         return None, None
     try:

@@ -112,6 +112,19 @@ def test_a_linked_worktree(project: Project) -> None:
     assert (main / "src/value.txt").read_text() == "50\n"
 
 
+def test_a_run_of_the_same_name_in_another_work_tree_is_left_alone(project: Project) -> None:
+    project.git("worktree", "add", "-q", "-b", "feature", str(project.tmp / "linked"))
+    project.turns(LOWER)
+    assert project.run().code == 0
+    refs = project.git("for-each-ref")
+    main, project.root = project.root, project.tmp / "linked"
+    for words in ([], ["--new"], ["check"]):
+        result = project.run(*words)
+        assert result.code == 2, result
+        assert str(main / ".scalarloop" / "t") in result.err + result.out, result
+        assert "[loop] name" in result.err + result.out and project.git("for-each-ref") == refs
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a repository to somebody else")
 def test_a_repository_of_another_user(project: Project) -> None:
     """As root in a container over the user's folder: git's ownership check, and who owns the new.
