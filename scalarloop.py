@@ -1253,9 +1253,8 @@ def stamps_tell(folder: str) -> bool:
 
     On tmpfs it does not when the page was read first: sealed bytes could change unseen.
     """
-    with tempfile.NamedTemporaryFile(dir=folder) as probe:
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as probe:
         probe.write(bytes(8))
-        probe.flush()
         before = os.fstat(probe.fileno())
         time.sleep(.012)
         with mmap.mmap(probe.fileno(), 8) as view:
@@ -2421,13 +2420,16 @@ class Store:
 
     def write_anchor(self, ledger: str, message: str, user: "UserRepository", base: str, last: str
                      ) -> Tuple[str, str]:
-        """Write a commit that holds the ledger; return its id, and its pack's name.
+        """Write a commit that holds the ledger; return its id, and its pack.
 
         Its parent is `base`, so that nobody prunes that. In pieces: those that the anchor before
         it, `last`, holds too are taken over from there, so that a keep costs the same in a long
-        run as in a short one.
+        run as in a short one. The pack has all that the user's repository lacks: it is written in
+        a place of its own, where nothing lies that was never handed over.
         """
-        before = set(os.listdir(self.packs))
+        folder = os.path.join(self.staging, "pack")
+        remove_tree(self.staging)
+        os.makedirs(folder)
         held = Store(user.repo).list_tree(last) \
             if last and os.path.getsize(ledger) > PIECE else {}
 
@@ -2444,12 +2446,10 @@ class Store:
 
         commit, _ = self._import("anchor", lines(), message.encode(), int(time.time()),
                                  "fastimport.unpackLimit=1", user.objects)
-        new = [name[:-4] for name in os.listdir(self.packs)
-               if name not in before and name.endswith(".idx")]
+        new = [name[:-4] for name in os.listdir(folder) if name.endswith(".idx")]
         if len(new) != 1:
             raise StoreDamaged(f"store: {len(new)} packs were written for one anchor")
-        sync_path(self.packs)
-        return commit, new[0]
+        return commit, os.path.join(folder, new[0])
 
     def read_anchor(self, commit: str, sink: Callable[[bytes], None]) -> None:
         """Pass on the ledger that an anchor's commit holds."""
@@ -2462,12 +2462,19 @@ class Store:
         """Return the folder of packs."""
         return os.path.join(self.repo.git_dir, "objects", "pack")
 
+    @property
+    def staging(self) -> str:
+        """Return where an anchor's objects are on their way to the user's repository."""
+        return os.path.join(self.repo.git_dir, "anchor")
+
     def _import(self, ref: str, lines: Iterable[bytes], message: bytes = b"", when: int = 0,
                 setting: str = "gc.auto=0", known: str = "") -> Tuple[str, str]:
-        """Let fast-import make a commit; return commit and tree. `known`: objects that are there.
+        """Let fast-import make a commit; return commit and tree.
+
+        With `known`, the objects of another repository, it is written to `staging`, over those.
         """
-        env = {"GIT_ALTERNATE_OBJECT_DIRECTORIES": os.fsdecode(quoted_path(os.fsencode(known)))} \
-            if known else {}
+        env = {"GIT_OBJECT_DIRECTORY": self.staging, "GIT_ALTERNATE_OBJECT_DIRECTORIES":
+               os.fsdecode(quoted_path(os.fsencode(known)))} if known else {}
         with tempfile.TemporaryFile(dir=self.repo.git_dir) as script:
             script.write(b"reset refs/scalarloop/%s\n\ncommit refs/scalarloop/%s\nmark :1\n"
                          b"committer scalarloop <scalarloop@localhost> %d +0000\ndata %d\n%s\n"
@@ -2553,26 +2560,26 @@ def create_store(path: str, user: UserRepository) -> Store:
 
 
 def pack_new(store: Store, new: str, known: str) -> str:
-    """Pack what commit `new` has and `known` lacks in the store, flushed to disk; return its name.
+    """Pack what commit `new` has and `known` lacks in the store, flushed to disk; return the pack.
     """
     wanted = f"{new}\n^{known}\n"
     name = store.repo.line("pack-objects", "--quiet", "--revs", os.path.join(store.packs, "pack"),
                            stdin=wanted.encode())
     sync_path(store.packs)
-    return f"pack-{name}"
+    return os.path.join(store.packs, f"pack-{name}")
 
 
-def hand_over(store: Store, user: UserRepository, pack: str) -> None:
-    """Put a pack of the store into the user's repository, before any ref says that it is there.
+def hand_over(user: UserRepository, pack: str) -> None:
+    """Put a pack (its path, without ending) into the user's repository, before any ref names it.
 
     No git runs there for it: a fetch would run what the user's config names.
     """
     folder = os.path.join(user.objects, "pack")
     os.makedirs(folder, exist_ok=True)
     for ending in (".pack", ".idx"):        # git looks for the .idx, so that comes last
-        target = os.path.join(folder, pack + ending)
+        target = os.path.join(folder, os.path.basename(pack) + ending)
         if not os.path.exists(target):
-            with open(os.path.join(store.packs, pack + ending), "rb") as source:
+            with open(pack + ending, "rb") as source:
                 write_file(target, source, 0o444)
             keep_owner(user.objects, [target])
 
@@ -2942,6 +2949,8 @@ class Tree:
             old, wanted = self.expected, {**self.layer.entries, **manifest}
             stale.update(path for path, entry in wanted.items() if old.get(path) != entry)
             gone = [path for path in old if path not in wanted]
+            for path in stale:      # a failure half-way must not leave a signature that fits
+                self.stamps.pop(path, None)
             self.expected, self.manifest = wanted, manifest
         for change in changes:
             if change.kind in ("created", "folder_created"):
@@ -2955,8 +2964,8 @@ class Tree:
                 self._restore_folder(change.path)
         self._write([path for path in stale if path in self.expected])
         for change in changes:
-            if change.kind == "touched" or change.kind == "folder_touched" \
-                    and change.path in self.folders:    # not one that became empty
+            if change.kind == "touched" and change.path in self.expected \
+                    or change.kind == "folder_touched" and change.path in self.folders:
                 self._stamp(change.path)
         self._settle()
 
@@ -4319,14 +4328,23 @@ ELEMENT_KINDS: Dict[str, Tuple[type, ...]] = {
 
 
 def check_kinds(record: Record) -> None:
-    """Raise TypeError when a field is not of its kind: whoever re-chains a ledger may write any."""
+    """Raise TypeError when a field is not of its kind, OverflowError for a number that is none.
+
+    Whoever re-chains a ledger may write any.
+    """
     for name, value in record.items():
         if name in FIELD_KINDS and type(value) not in FIELD_KINDS[name]:
             raise TypeError(f"{name} is {value!r:.40}")
+        if type(value) is int:
+            float(value)        # OverflowError: it is no number of ours
     for name, kinds in ELEMENT_KINDS.items():
         for element in record.get(name, ()):
             if type(element) not in kinds:
                 raise TypeError(f"{name} holds {element!r:.40}")
+            if type(element) is int:
+                float(element)
+    for name in ("samples", "guards"):
+        turned(record.get(name), 1.0)
     for name in ("base", "tip", "tree", "commit"):
         value = record.get(name)
         if value is not None and not OBJECT_ID.fullmatch(value):
@@ -4403,7 +4421,8 @@ class State:
             if handler:
                 handler(record)
             self.noise = advance_noise(self.noise, record)
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError,
+                OverflowError) as error:
             raise RecordBroken(f"ledger record {record['seq']}: lacks a field or has one of "
                                f"another kind ({printable(repr(error))})") from None
 
@@ -4859,7 +4878,7 @@ def check_work_tree(gate: Gate, config: Config, user: UserRepository) -> None:
     rows = user.repo.git(*quiet, "status", "--porcelain=v1", "-z", "--no-renames",
                          "--untracked-files=normal",
                          "--ignore-submodules=dirty").split(b"\0")[:-1]
-    own = os.path.relpath(os.path.realpath(config.path), os.path.realpath(user.top)).encode()
+    own = os.fsencode(os.path.relpath(os.path.realpath(config.path), os.path.realpath(user.top)))
     changed = [row[3:] for row in rows if row[:2] not in (b"??", b"!!") and row[3:] != own]
     known = {own, *(user.prefix + name.encode() + b"/" for name in config.loop.share)}
     untracked = [row[3:] for row in rows if row[:2] == b"??" and row[3:] not in known
@@ -4929,9 +4948,10 @@ def check_scope(gate: Gate, config: Config, user: UserRepository, scope: Scope,
 def check_named_files(gate: Gate, config: Config, scope: Scope, listed: Dict[bytes, Listed]
                       ) -> None:
     """Look at the files that commands name: in scope, not tracked, or the loop's own."""
+    shared = [scope.prefix + os.fsencode(os.path.normpath(name)) for name in config.loop.share]
     for section, command in commands_of(config).items():
         for word in command:
-            path = scope.prefix + os.path.normpath(word).encode()
+            path = scope.prefix + os.fsencode(os.path.normpath(word))
             if section == "metric produce":
                 continue        # the candidate's own, so it may
             if path in listed and scope.holds(path):
@@ -4940,12 +4960,12 @@ def check_named_files(gate: Gate, config: Config, scope: Scope, listed: Dict[byt
                             "and run the candidate by `produce`")
             elif path not in listed and not word.startswith(("/", "-", "~", "..")) \
                     and os.path.isfile(os.path.join(config.folder, word)) \
-                    and word.split("/")[0] not in config.loop.share:
+                    and not config.metric.setup and not lies_in(path, shared):
                 gate.notice(section.split(" ")[0], f"{printable(word)} is not a tracked file, so "
                             "the metric won't see it; commit it if it should")
     for word in [os.path.abspath(__file__), *config.agent.command]:
-        path = scope.prefix + os.path.relpath(os.path.join(config.folder, word),
-                                              config.folder).encode()
+        path = scope.prefix + os.fsencode(os.path.relpath(os.path.join(config.folder, word),
+                                                          config.folder))
         if path in listed and scope.holds(path):
             gate.notice("scope", f"{shown_path(path)} is in scope: the agent may change what you "
                         "will run after a merge; name it in [loop] seal")
@@ -5918,11 +5938,9 @@ def hand_back(run: Run, ledger: Ledger) -> None:
         moves.append((branch, state.tip, at))
         if at != run.handed:        # not what this session left: it may lack more than a keep
             run.packs = [pack_new(run.store, state.tip, state.base)]
-    for name in [*run.packs, pack]:
-        hand_over(run.store, run.user, name)
-    for ending in (".idx", ".pack", ".rev"):        # the store was only its staging place
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(run.store.packs, pack + ending))
+    for path in [*run.packs, pack]:
+        hand_over(run.user, path)
+    remove_tree(run.store.staging)
     move_refs(run.user, moves)
     run.anchor, run.packs, run.handed = anchor, [], state.tip if state.keeps else ""
 
@@ -6221,9 +6239,12 @@ def duel_canary(run: Run, gate: Gate, canary: Snapshot, samples: Sequence[float]
 # ══ run and resume ═══════════════════════════════════════════════════════════════════════════════
 
 def how_to_restore(config: Config) -> str:
-    """Return the command that gets the ledger back from its anchor."""
-    return (f'git -C "$(git rev-parse --show-toplevel)" archive {anchor_ref(config)} | tar -xOf - '
-            f"> {shlex.quote(config.ledger_path)}")
+    """Return the command that gets the ledger back from its anchor, from wherever it is run."""
+    new = shlex.quote(config.ledger_path + ".new")
+    return (f'mkdir -p {shlex.quote(config.state_folder)} && git -c core.autocrlf=false -C "$(git '
+            f'-C {shlex.quote(config.folder)} rev-parse --show-toplevel)" archive '
+            f"{anchor_ref(config)} | tar -xOf - > {new} && mv {new} "
+            f"{shlex.quote(config.ledger_path)}")
 
 
 class Anchor(NamedTuple):
@@ -6303,8 +6324,8 @@ def run_command(config: Config, options: Options, terminal: Terminal, watch: Wat
                         move_run(config, user, aside, "")       # nothing came of the new one
                     raise
                 if aside:
-                    terminal.say(f"old run      kept beside: {config.state_folder}{aside}, branch "
-                                 f"{config.loop.branch}{aside}")
+                    terminal.say(f"old run      kept beside: {config.state_folder}{aside}, "
+                                 f"{anchor_ref(config, aside)}")
             begun = True
             return carry_on(run) if run else 0
     finally:
@@ -6329,7 +6350,9 @@ def found_elsewhere(config: Config, user: UserRepository) -> str:
     ledger = os.path.relpath(config.ledger_path, config.folder)
     paths = [os.path.join(os.fsdecode(row[9:] + b"/" + user.prefix), ledger) for row in rows
              if row.startswith(b"worktree ")]
-    return next(filter(os.path.exists, paths), "")
+    own = os.path.realpath(config.ledger_path)
+    return next((path for path in paths if os.path.exists(path)
+                 and os.path.realpath(path) != own), "")
 
 
 def begin_anew(config: Config, user: UserRepository) -> str:
@@ -6588,8 +6611,11 @@ def mend_store(store: Store, user: UserRepository, state: State, damage: str) ->
     try:
         if not user.repo.ref(f"{state.tip}^{{commit}}"):
             raise StoreDamaged("the last keep is not in the user's repository")
+        fresh = store.repo.git_dir + ".new"
+        remove_tree(fresh)
+        make_store(fresh, user, state.tip)
         remove_tree(store.repo.git_dir)
-        make_store(store.repo.git_dir, user, state.tip)
+        os.rename(fresh, store.repo.git_dir)
         folder = os.path.dirname(store.repo.git_dir)
         return take_snapshots(store, user, folder, state.base, state.tip)
     except (GitFailed, StoreDamaged) as error:
@@ -6798,7 +6824,8 @@ def verify_repository(config: Config, user: UserRepository, state: State, findin
         findings.errors.append(f"branch {branch} is at {at[:12] or 'nothing'}, the ledger says "
                                f"{state.tip[:12] if state.keeps else 'nothing was kept'}{hint}")
         return
-    if findings.pending and not state.stopped and state.keeps and at == state.tip:
+    if findings.pending and state.keeps and at == state.tip \
+            and state.due == state.anchors[state.tip][0] + 1:       # a keep, no later stop
         findings.errors.append(f"the branch has #{state.keeps[-1][0]}, the ledger's ref does not: "
                                "they move together, so the ledger's tail was cut")
         return
@@ -6989,7 +7016,8 @@ def status_command(config: Config, options: Options, terminal: Terminal, watch: 
 
     def look(state: State, record: Record) -> None:
         if record["type"] == "iteration":
-            with contextlib.suppress(KeyError, TypeError, ValueError):     # `advance` complains
+            with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError,
+                                     OverflowError):       # `advance` complains
                 row = (record["n"], format_iteration(record, state.best))
                 lines[""].append(row)
                 if record["verdict"] == Verdict.KEEP:

@@ -514,6 +514,7 @@ def check_one_won(cord: Cord, results: List[Result]) -> None:
     (12, 12), pytest.param(1000, 40, marks=pytest.mark.slow)])
 def test_of_many_starts_one_wins(cord: Cord, count: int, at_once: int) -> None:
     cord.project.agent(WAITING.format(folder=str(cord.folder)))
+    cord.project.config["agent"]["timeout"] = "1h"
     cord.project.save_config()
     check_one_won(cord, start_many(cord, count, at_once))
 

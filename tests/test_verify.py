@@ -741,7 +741,44 @@ def test_no_command_follows_or_waits_for_what_stands_for_a_ledger(finished: Proj
         assert result.code == 4 and "not a regular file" in result.err + result.out, (words, result)
 
 
+@pytest.mark.parametrize("change", [
+    {"closing": {"gain": 10 ** 400, "low": 1, "high": 1, "pairs": []}}, {"best": 10 ** 400},
+    {"closing": {"gain": 1, "low": 1, "high": 1, "pairs": [5]}}, {"elapsed": 10 ** 400}])
+def test_a_number_that_is_none_in_a_record_is_a_broken_record(finished: Project, change: Any) -> None:
+    records = records_of(finished)
+    records[-1].update(change)
+    finished.put_ledger(chained(records))
+    for words in (["verify"], ["status"], ["check"], []):
+        result = finished.call(*words)
+        assert result.code == 4 and "Traceback" not in result.err, (words, result)
+
+
+@pytest.mark.parametrize("change", [{"samples": [1]}, {"samples": {"candidate": [10 ** 400]}}, {"value": 10 ** 400}, {"agent_seconds": [10 ** 400]}])
+def test_an_iteration_that_cannot_be_shown_is_a_broken_record(finished: Project, change: Any) -> None:
+    records = records_of(finished)
+    keeps_of(records)[0].update(change)
+    finished.put_ledger(chained(records))
+    for words in (["status"], ["verify"]):
+        result = finished.call(*words)
+        assert result.code == 4 and "Traceback" not in result.err, (words, result)
+
+
 # ---- what is no tampering
+
+def test_a_stop_and_a_resume_that_are_not_handed_back_yet_are_no_cut_tail(finished: Project) -> None:
+    """The disk is full when the stop is to be handed back, and again when the next start is."""
+    records = records_of(finished)
+    last, stop = keeps_of(records)[-1], records[-1]
+    resumed = {**records[0], "type": "resume", "more": 1, "limits": []}
+    place = records.index(last)
+    finished.put_ledger(b"".join(finished.lines()[:place + 1]))
+    move_anchor(finished)
+    finished.put_ledger(chained([*records[:place + 1], stop]))
+    assert finished.call("verify").code == 0
+    finished.put_ledger(chained([*records[:place + 1], stop, resumed]))
+    result = finished.call("verify")
+    assert result.code == 0 and "not handed back yet" in result.out, result
+
 
 def test_a_run_without_keeps_outlives_its_amended_and_pruned_base(project: Project) -> None:
     project.turns(lower_by(-10), lower_by(-20))
@@ -776,9 +813,18 @@ def test_the_command_that_is_named_gets_the_ledger_back(finished: Project) -> No
     finished.put_ledger(b"".join(whole[:-1]))
     result = finished.call()
     assert result.code == 4, result
-    command = re.search(r"back \((git .*? > .*?)\), or", result.err)[1]
+    command = re.search(r"back \((mkdir .*? && mv .*?)\), or", result.err)[1]
+    finished.git("config", "core.autocrlf", "true")
     (finished.root / "src" / "deep").mkdir()
-    subprocess.run(["sh", "-c", command], cwd=finished.root / "src" / "deep", check=True)
+    subprocess.run(["sh", "-c", command.replace("/t/ledger ", "/nowhere ")], cwd=finished.tmp,
+                   stderr=subprocess.DEVNULL)
+    assert finished.lines() == whole[:-1]       # nothing is lost where there is no anchor
+    for place in (finished.root / "src" / "deep", finished.tmp):
+        finished.put_ledger(b"".join(whole[:-1]))
+        subprocess.run(["sh", "-c", command], cwd=place, check=True)
+        assert finished.lines() == whole
+    shutil.rmtree(finished.state)
+    subprocess.run(["sh", "-c", command], cwd=finished.tmp, check=True)
     assert finished.lines() == whole and finished.call("verify").code == 0
 
 
