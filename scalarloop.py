@@ -7016,7 +7016,7 @@ def status_command(config: Config, options: Options, terminal: Terminal, watch: 
 
     def look(state: State, record: Record) -> None:
         if record["type"] == "iteration":
-            with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError,
+            with contextlib.suppress(KeyError, TypeError, ValueError, IndexError, AttributeError,
                                      OverflowError):       # `advance` complains
                 row = (record["n"], format_iteration(record, state.best))
                 lines[""].append(row)

@@ -1,6 +1,7 @@
 """`verify`: every tampering with a finished run is found and named; honest differences only warn."""
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -925,7 +926,7 @@ def mutate_record(chance: random.Random, record: Dict[str, Any]) -> None:
     if chance.random() < .2 and isinstance(place, dict):
         del place[name]
     else:
-        place[name] = chance.choice(ODD)
+        place[name] = copy.deepcopy(chance.choice(ODD))
 
 
 def fuzz(project: Project, seed: int, count: int, command: Callable[[random.Random], List[str]]) -> None:
