@@ -3024,6 +3024,7 @@ class Tree:
         for path in paths:
             entry = self.expected[path]
             os.makedirs(os.path.dirname(os.path.join(self.root, path)), exist_ok=True)
+            self._mark_folders(os.path.dirname(path))
             held = os.path.join(self.lfs_folder, entry.digest.hex())
             if entry.mode == GITLINK:
                 os.makedirs(os.path.join(self.root, path), exist_ok=True)
@@ -3057,8 +3058,6 @@ class Tree:
         finally:
             if out and hasattr(out[0], "close"):
                 out[0].close()
-        for path in paths:
-            self._mark_folders(os.path.dirname(path))
 
     def _create(self, path: bytes, entry: Entry) -> Any:
         mode = 0o755 if entry.mode == EXECUTABLE else 0o644

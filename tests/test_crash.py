@@ -659,3 +659,49 @@ def test_a_run_that_was_to_go_on_for_more_goes_on_for_them_after_a_kill(tmp_path
     assert [row["n"] for row in cord.project.iterations()] == [1, 2, 3]
     assert cord.start().code == 0
     assert [row["n"] for row in cord.project.iterations()] == [1, 2, 3, 4]
+
+
+# ---- a tree that could not be written to its end
+
+@pytest.mark.parametrize("call", ["unlink", "open", "symlink", "makedirs"])
+@pytest.mark.parametrize("number", range(4))
+def test_a_tree_that_could_not_be_switched_is_not_taken_for_the_new_one(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int) -> None:
+    """The loop voids the iteration and goes on in the same process: the next one must see through it."""
+    project = make_project(tmp_path)
+    for name in "abc":
+        project.write(f"src/{name}.txt", "old")
+    (project.root / "src" / "link").symlink_to("a.txt")
+    project.commit("old")
+    for name in "abc":
+        project.write(f"src/{name}.txt", "new")
+    project.write("src/deep/er/d.txt", "new")
+    (project.root / "src" / "link").unlink()
+    (project.root / "src" / "link").symlink_to("b.txt")
+    project.commit("new")
+    home = scalarloop.private_home(str(tmp_path))
+    user = scalarloop.open_user_repository(scalarloop.find_git(), home, str(project.root))
+    store = scalarloop.Store(user.repo)
+    old, new = (scalarloop.take_manifest(store, project.git("rev-parse", name), frozenset())
+                for name in ("HEAD~1", "HEAD"))
+    tree = scalarloop.Tree(str(tmp_path / "tree"), store, scalarloop.Layer())
+    tree.make_pristine(old)
+    plain, calls = getattr(os, call), itertools.count()
+
+    def failing(path: Any, *args: Any, **options: Any) -> Any:
+        if os.fsencode(path).startswith(tree.root) and next(calls) == number:
+            raise OSError(5, "Input/output error")
+        return plain(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, failing)
+        try:
+            tree.make_pristine(new)
+        except OSError:
+            pass
+    tree.make_pristine(new)
+    for name in "abc":
+        assert (tmp_path / "tree" / "src" / f"{name}.txt").read_text() == "new"
+    assert (tmp_path / "tree" / "src/deep/er/d.txt").exists()
+    assert os.readlink(tmp_path / "tree" / "src" / "link") == "b.txt"
+    assert tree.inspect() == []
