@@ -4426,7 +4426,9 @@ class State:
                                f"another kind ({printable(repr(error))})") from None
 
     def _on_start(self, record: Record) -> None:
-        self.start, self.config = record, checked_config(record["config"])
+        self.start = {name: record[name] for name in (*ROOTS, "config", "prefix", "lfs", "outside",
+                                                      "tool_sha256")}
+        self.config = checked_config(record["config"])
         self.base = self.tip = record["base"]
         self.tree = record["tree"]
         self.tried.add(self.tree)

@@ -540,7 +540,9 @@ def synthetic(iterations: int) -> Iterator[Dict[str, Any]]:
     """Yield the records of a long run: one keep in a hundred iterations."""
     config = {name: dataclasses.asdict(schema()) for name, schema in scalarloop.SECTIONS.items()}
     config["adapter"] = {}
-    yield {"type": "start", "v": 1, "time": "", "config": config, "base": "b" * 40, "tree": "d" * 40}
+    yield {"type": "start", "v": 1, "time": "", "config": config, "base": "b" * 40, "tree": "d" * 40,
+           "prefix": "", "lfs": [], "outside": {}, "tool_sha256": "e" * 64,
+           **dict.fromkeys(scalarloop.ROOTS, "f" * 64)}
     yield {"type": "baseline", "v": 1, "time": "", "value": 1e6, "samples": [1e6] * 3, "name": "m",
            "metric_seconds": [1.0] * 3, "guards": {}, "holdout": None}
     best = 1e6
