@@ -45,7 +45,8 @@ class Countdown:
     def note(self, what: str) -> None:
         """Append a line to the log, by calls that aren't counted."""
         descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        self.write(descriptor, f"{self.count} {what}\n".encode("utf-8", "replace"))
+        line = f"{self.count} {what}".replace("\n", " ") + "\n"
+        self.write(descriptor, line.encode("utf-8", "replace"))
         os.close(descriptor)
 
     def is_due(self, kind: str, what: str) -> bool:
