@@ -448,7 +448,7 @@ def key(parse: Callable[[str], Any], default: Any = None, limit: bool = False) -
 LEVELS = ("portable", "external", "landlock", "namespaces")
 FACTS = {    # what the witnesses look for, in words
     "files_sealed": "nothing outside its own folders can be written",
-    "modes_sealed": "nor modes and times changed there",
+    "modes_sealed": "no modes or times can be changed there",
     "loop_protected": "the loop can't be signalled, limited or traced",
     "secrets_hidden": "state folder, key and holdout can't be read",
     "sockets_off": "services on unix sockets can't be reached",
