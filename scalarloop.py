@@ -4030,6 +4030,7 @@ def _steps(runs: Sequence[float]) -> List[float]:
 def _see_incumbent(state: NoiseState, runs: Sequence[float]) -> NoiseState:
     if not runs:
         return state
+    runs = tuple(map(float, runs))
     steps = _steps((*state.reference[-1:], *runs))
     return state._replace(
         reference=(*state.reference, *runs)[-REFERENCE_RUNS:], since_incumbent=0,
@@ -4064,7 +4065,7 @@ def _see_iteration(state: NoiseState, event: Mapping[str, Any]) -> NoiseState:
         state = state._replace(differences=both)
     if event["verdict"] != "keep":
         return state
-    state = state._replace(reference=tuple(rivals or singles)[-REFERENCE_RUNS:])
+    state = state._replace(reference=tuple(map(float, rivals or singles))[-REFERENCE_RUNS:])
     return state._replace(keeps=state.keeps + 1, lost=0) if pairs else state
 
 
@@ -4321,16 +4322,15 @@ def check_kinds(record: Record) -> None:
     for name, value in record.items():
         if name in FIELD_KINDS and type(value) not in FIELD_KINDS[name]:
             raise TypeError(f"{name} is {value!r:.40}")
-        if type(value) is int:
-            float(value)        # OverflowError: it is no number of ours
     for name, kinds in ELEMENT_KINDS.items():
         for element in record.get(name, ()):
             if type(element) not in kinds:
                 raise TypeError(f"{name} holds {element!r:.40}")
             if type(element) is int:
                 float(element)
-    for name in ("samples", "guards"):
-        turned(record.get(name), 1.0)
+    for name in ("value", "best", "baseline", "holdout", "elapsed"):
+        if type(record.get(name)) is int:
+            float(record[name])
     for name in ("base", "tip", "tree", "commit"):
         value = record.get(name)
         if value is not None and not OBJECT_ID.fullmatch(value):
@@ -4424,7 +4424,7 @@ class State:
     def _on_baseline(self, record: Record) -> None:
         self.baseline = self.best = record["value"]
         self.metric_name = record["name"]
-        self.guard_samples = record["guards"]
+        self.guard_samples = turned(record["guards"], 1.0)
         self.holdout.append((0, record["holdout"]))
 
     def _on_resume(self, record: Record) -> None:
