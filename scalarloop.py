@@ -60,6 +60,7 @@ import io
 import json
 import math
 import mmap
+import operator
 import os
 import re
 import select
@@ -4363,6 +4364,8 @@ def fits(value: Any, default: Any) -> bool:
 NOTEWORTHY = (Reason.IMPLAUSIBLE, Reason.METRIC_NOT_FINITE, Reason.NOISE_UNCONFIRMED)
 
 
+SHOWN = ("n", "verdict", "reason", "value", "files", "detail", "note")   # to the next turn's agent
+shown_fields = operator.itemgetter(*SHOWN)
 ROOTS = ("seal_root", "outside_root", "share_root")     # what no session of a run may change
 
 
@@ -4403,7 +4406,8 @@ class State:
         elif record["type"] != "resume":
             self.moved_on = True
         try:
-            check_kinds(record)
+            if record["type"] != "turn":        # nothing of it is read
+                check_kinds(record)
             if handler:
                 handler(record)
             self.noise = advance_noise(self.noise, record)
@@ -4473,8 +4477,7 @@ class State:
             self.since_keep = 0
         elif verdict != Verdict.VOID:
             self.since_keep += 1
-        self.recent.append({name: record[name] for name in (
-            "n", "verdict", "reason", "value", "files", "detail", "note")})
+        self.recent.append(dict(zip(SHOWN, shown_fields(record))))
 
     def _on_stop(self, record: Record) -> None:
         closing = record["closing"]
