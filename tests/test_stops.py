@@ -722,12 +722,15 @@ def test_produce_that_leaves_no_output(project: Project) -> None:
     assert project.verdicts() == ["crash metric.no_output", "keep metric.better"]
 
 
+TWO_NUMBERS = """
+    value = float(open("src/value.txt").read())
+    print("METRIC speed=%s" % (1000 / value))
+    print("METRIC bytes = %s" % value)
+"""
+
+
 def test_the_name_chooses_among_several_lines(project: Project) -> None:
-    project.write("metric.py", """
-        value = float(open("src/value.txt").read())
-        print("METRIC speed=%s" % (1000 / value))
-        print("METRIC bytes = %s" % value)
-    """)
+    project.write("metric.py", TWO_NUMBERS)
     project.commit()
     project.turns(write(80))
     project.config["metric"]["name"] = "bytes"
@@ -737,11 +740,7 @@ def test_the_name_chooses_among_several_lines(project: Project) -> None:
 
 
 def test_the_other_lines_are_secondary_numbers_of_the_candidate(project: Project) -> None:
-    project.write("metric.py", """
-        value = float(open("src/value.txt").read())
-        print("METRIC speed=%s" % (1000 / value))
-        print("METRIC bytes = %s" % value)
-    """)
+    project.write("metric.py", TWO_NUMBERS)
     project.commit()
     project.turns(write(80))
     project.config["metric"]["name"] = "bytes"

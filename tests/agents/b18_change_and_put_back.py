@@ -1,5 +1,5 @@
 """The candidate's code changes the cleanroom while it is measured, and puts things back."""
-from play import lower, program
+from play import linger, lower, program
 
 
 def sealed_file():
@@ -89,20 +89,7 @@ def read_only_room():
 def daemon():
     """A child in a session of its own that waits for the metric to end."""
     lower()
-    program("""
-import os, time
-if not os.fork():
-    os.setsid()
-    if os.fork():
-        os._exit(0)
-    for descriptor in (0, 1, 2):
-        os.close(descriptor)
-    time.sleep(.5)
-    for _ in range(1000):
-        time.sleep(.01)
-        open('data/truth.txt', 'a').write('x')
-    os._exit(0)
-""")
+    linger("open('data/truth.txt', 'a').write('x')")
 
 
 def honest():

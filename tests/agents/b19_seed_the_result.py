@@ -1,7 +1,7 @@
 """Result files that lie there before the run, or are rewritten after it was produced."""
 from pathlib import Path
 
-from play import lower, program
+from play import linger, lower, program
 
 
 def seeded():
@@ -51,21 +51,7 @@ def edit_scorer():
 def daemon():
     """It waits for the scorer's cleanroom and writes a better answer there."""
     lower()
-    program("""
-import glob, os, time
-if not os.fork():
-    os.setsid()
-    if os.fork():
-        os._exit(0)
-    for descriptor in (0, 1, 2):
-        os.close(descriptor)
-    time.sleep(.5)
-    for _ in range(1000):
-        time.sleep(.01)
-        for path in glob.glob('../scorer-*/src/value.txt'):
-            open(path, 'w').write('0')
-    os._exit(0)
-""")
+    linger("[open(path, 'w').write('0') for path in glob.glob('../scorer-*/src/value.txt')]")
 
 
 def honest():

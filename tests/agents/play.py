@@ -23,6 +23,24 @@ def program(source):
     Path("src/prog.py").write_text(source + "\n")
 
 
+def linger(act):
+    """Make this one line what a daemon of the candidate's code does over and over: it outlives its run."""
+    program("""
+import glob, os, time
+if not os.fork():
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    for descriptor in (0, 1, 2):
+        os.close(descriptor)
+    time.sleep(.5)
+    for _ in range(1000):
+        time.sleep(.01)
+        %s
+    os._exit(0)
+""" % act)
+
+
 def marker():
     """Return a file that proves, by being there, that planted code was run."""
     return os.path.join(os.environ["HOME"], "planted-code-ran")
